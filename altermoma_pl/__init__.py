@@ -1,0 +1,1 @@
+"""Fusion redundancy pruning for multi-sensor models trained with PyTorch Lightning."""

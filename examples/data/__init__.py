@@ -1,0 +1,1 @@
+"""Driving data: a synthetic generator and a KITTI reader that yield the same `Batch`."""

@@ -1,0 +1,1 @@
+"""The fusion model in plain torch, and its Lightning module."""

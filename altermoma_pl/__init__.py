@@ -1,1 +1,34 @@
 """Fusion redundancy pruning for multi-sensor models trained with PyTorch Lightning."""
+
+from altermoma_pl.contexts import deactivated, restored
+from altermoma_pl.criteria import (
+    AlterEva,
+    Calibration,
+    Components,
+    Criterion,
+    Magnitude,
+    Random,
+)
+from altermoma_pl.masks import Masks
+from altermoma_pl.modality import Modalities
+from altermoma_pl.schedules import Cubic, Exponential, Linear, OneShot, Schedule
+from altermoma_pl.sparsity import top_k
+
+__all__ = [
+    "AlterEva",
+    "Calibration",
+    "Components",
+    "Criterion",
+    "Cubic",
+    "Exponential",
+    "Linear",
+    "Magnitude",
+    "Masks",
+    "Modalities",
+    "OneShot",
+    "Random",
+    "Schedule",
+    "deactivated",
+    "restored",
+    "top_k",
+]

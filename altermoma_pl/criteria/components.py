@@ -1,0 +1,50 @@
+"""DeCI and ReRI kept apart, so that they can be stored and combined anew without scoring again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+_KEYS = {"deci", "reri", "group_of", "losses"}
+
+
+@dataclass(frozen=True)
+class Components:
+    """What one scoring event measured.
+
+    Args:
+        deci: Parameter name -> D_i, the contribution with all modalities active (eq. 6).
+        reri: Deactivated modality -> parameter name -> R_i, the redundancy that it reactivates in the
+            parameters of all other groups (eq. 10, 26, 34, 35).
+        group_of: Parameter name -> its modality or "shared".
+        losses: Mean loss over the probe batches: "all", and for each modality m
+            "without_m" and "without_m_reactivated" (eq. 4 and 7).
+    """
+
+    deci: dict[str, Tensor]
+    reri: dict[str, dict[str, Tensor]]
+    group_of: dict[str, str]
+    losses: dict[str, float]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors on the CPU and builtins only."""
+        return {
+            "deci": {name: t.cpu() for name, t in self.deci.items()},
+            "reri": {m: {name: t.cpu() for name, t in own.items()} for m, own in self.reri.items()},
+            "group_of": dict(self.group_of),
+            "losses": dict(self.losses),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> Components:
+        """Rebuild from `state_dict()`.
+
+        Raises:
+            ValueError: If a key is missing or unknown.
+        """
+        if state.keys() != _KEYS:
+            raise ValueError(f"state of components must hold {sorted(_KEYS)}, got {sorted(state)}")
+        return cls(**state)

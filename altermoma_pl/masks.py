@@ -1,0 +1,144 @@
+"""Masks: which weights stay (True) and which are pruned (False)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Masks(Mapping[str, Tensor]):
+    """Parameter name -> boolean tensor of the parameter's shape, True = keep.
+
+    Args:
+        masks: The tensors by parameter name; not copied.
+
+    Raises:
+        TypeError: If a name is not a string or a mask is not a boolean tensor.
+        ValueError: If there is no mask.
+    """
+
+    def __init__(self, masks: Mapping[str, Tensor]) -> None:
+        self._masks = dict(masks)
+        if not self._masks:
+            raise ValueError("masks are empty: at least one parameter must be masked")
+        for name, mask in self._masks.items():
+            if not isinstance(name, str):
+                raise TypeError(f"masks are keyed by parameter name, got {name!r}")
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+                found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+                raise TypeError(f"mask of {name!r} must be a boolean tensor, got {found}")
+
+    @classmethod
+    def dense(cls, tensors: Mapping[str, Tensor]) -> Masks:
+        """Masks that keep everything, shaped and placed like `tensors`."""
+        return cls({name: torch.ones_like(t, dtype=torch.bool) for name, t in tensors.items()})
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._masks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Masks):
+            return NotImplemented
+        return list(self) == list(other) and all(torch.equal(self[name], other[name]) for name in self)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Masks({len(self)} tensors, {self.num_kept} of {self.num_weights} weights kept)"
+
+    @property
+    def num_weights(self) -> int:
+        """Number of masked weights, kept or not."""
+        return sum(mask.numel() for mask in self._masks.values())
+
+    @property
+    def num_kept(self) -> int:
+        """Number of weights that stay."""
+        return sum(int(mask.count_nonzero()) for mask in self._masks.values())
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros in [0, 1]."""
+        return 1 - self.num_kept / self.num_weights
+
+    def is_subset_of(self, other: Masks) -> bool:
+        """Whether everything kept here is also kept in `other`, for the same parameters."""
+        return self.keys() == other.keys() and all(bool((~m | other[n]).all()) for n, m in self.items())
+
+    def check_fits(self, model: nn.Module) -> None:
+        """Raise a `ValueError` if a masked parameter is missing in `model` or has another shape."""
+        parameters = dict(model.named_parameters())
+        for name, mask in self.items():
+            if name not in parameters:
+                raise ValueError(f"masked parameter {name!r} does not exist in {type(model).__name__}")
+            if parameters[name].shape != mask.shape:
+                raise ValueError(
+                    f"mask of {name!r} has shape {tuple(mask.shape)}, "
+                    f"the parameter has {tuple(parameters[name].shape)}"
+                )
+
+    @torch.no_grad()
+    def apply_(self, model: nn.Module) -> None:
+        """Set the pruned weights of `model` to zero, in place."""
+        parameters = dict(model.named_parameters())
+        for name, mask in self.items():
+            parameters[name].mul_(mask)
+
+    @torch.no_grad()
+    def mask_gradients_(self, model: nn.Module) -> None:
+        """Set the gradients of pruned weights to zero, in place; parameters without one are passed over."""
+        parameters = dict(model.named_parameters())
+        for name, mask in self.items():
+            gradient = parameters[name].grad
+            if gradient is not None:
+                gradient.mul_(mask)
+
+    def to(self, model: nn.Module) -> Masks:
+        """The same masks, each on the device of its parameter in `model`."""
+        parameters = dict(model.named_parameters())
+        return Masks({name: mask.to(parameters[name].device) for name, mask in self.items()})
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """One bit per weight: parameter name -> `{"shape": list, "bits": uint8 tensor on the CPU}`."""
+        return {name: {"shape": list(mask.shape), "bits": _pack(mask.cpu())} for name, mask in self.items()}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Mapping[str, Any]]) -> Masks:
+        """Rebuild masks from `state_dict()`, on the CPU.
+
+        Raises:
+            ValueError: If an entry lacks a key or its bits do not fill its shape.
+        """
+        masks = {}
+        for name, entry in state.items():
+            if not isinstance(entry, Mapping) or not {"shape", "bits"} <= entry.keys():
+                raise ValueError(f"state of the mask of {name!r} must hold 'shape' and 'bits', got {entry!r}")
+            masks[name] = _unpack(name, entry["bits"], torch.Size(entry["shape"]))
+        return cls(masks)
+
+
+def _pack(mask: Tensor) -> Tensor:
+    """Eight booleans to a byte, the first in the lowest bit."""
+    flat = mask.flatten().to(torch.uint8)
+    padded = torch.cat([flat, flat.new_zeros(-flat.numel() % 8)]).view(-1, 8)
+    return (padded << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def _unpack(name: str, bits: Tensor, shape: torch.Size) -> Tensor:
+    size = shape.numel()
+    if bits.dtype != torch.uint8 or bits.numel() != (size + 7) // 8:
+        raise ValueError(
+            f"state of the mask of {name!r}: {bits.numel()} elements of {bits.dtype} cannot hold "
+            f"{size} bits; {(size + 7) // 8} bytes are expected"
+        )
+    flags = (bits[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+    return flags.flatten()[:size].view(shape).bool()

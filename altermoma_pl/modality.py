@@ -1,0 +1,230 @@
+"""Which parameter belongs to which modality, and which weights may be pruned."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+SHARED = "shared"
+"""Name of the group of all parameters that belong to no modality: fusion and task heads."""
+
+_COMPILED = "_orig_mod."  # torch.compile wraps a module under this name
+
+
+class Modalities(Mapping[str, tuple[str, ...]]):
+    """Names the branches of a fusion model by patterns over module paths.
+
+    A pattern is a glob, as `fnmatch` reads it: `*` stands for any characters, dots included. It takes
+    the module or parameter that it names and everything below. A leading `!` takes away instead.
+    The order of patterns does not matter.
+
+    Example:
+        >>> model = nn.ModuleDict({"camera": nn.Linear(2, 2), "lidar": nn.Linear(2, 2)})
+        >>> model["head"] = nn.Linear(4, 1)
+        >>> Modalities({"camera": ["camera"], "lidar": ["lidar"]}).resolve(model)["shared"]
+        ('head.weight', 'head.bias')
+
+    Args:
+        patterns: Modality name -> one pattern or several, for at least two modalities.
+
+    Raises:
+        TypeError: If the patterns are not strings by name.
+        ValueError: If there are fewer than two modalities, a name is empty or `"shared"`, or a
+            modality has no pattern without `!`.
+    """
+
+    def __init__(self, patterns: Mapping[str, str | Sequence[str]]) -> None:
+        if not isinstance(patterns, Mapping):
+            raise TypeError(f"modalities must map names to patterns, got {patterns!r}")
+        self._patterns = {name: _as_patterns(name, value) for name, value in patterns.items()}
+        if len(self._patterns) < 2:
+            raise ValueError(
+                f"at least two modalities are needed to find what one makes redundant in another, "
+                f"got {list(self._patterns)}"
+            )
+        for name, own in self._patterns.items():
+            if not isinstance(name, str) or not name or name == SHARED:
+                raise ValueError(
+                    f"modality name {name!r} is not allowed: give a non-empty name other than "
+                    f"{SHARED!r}, which is what belongs to no modality"
+                )
+            if all(pattern.startswith("!") for pattern in own):
+                raise ValueError(f"modality {name!r} needs at least one pattern without '!', got {list(own)}")
+
+    def __getitem__(self, name: str) -> tuple[str, ...]:
+        return self._patterns[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._patterns)
+
+    def __len__(self) -> int:
+        return len(self._patterns)
+
+    def __repr__(self) -> str:
+        return f"Modalities({self._patterns!r})"
+
+    def resolve(self, model: nn.Module) -> dict[str, tuple[str, ...]]:
+        """Assign every parameter of `model` to one modality or to `"shared"`.
+
+        A parameter that several modules share is counted once, under the first of its names, and
+        matched under all of them. Geometry constants (see `is_constant`) are left out.
+
+        Returns:
+            Group name -> parameter names in the model's order: the modalities as given, then
+            `"shared"`. Every group but `"shared"` is non-empty.
+
+        Raises:
+            ValueError: If a pattern matches nothing, or a parameter belongs to two modalities, or a
+                parameter is not initialised yet.
+        """
+        aliases = _parameter_aliases(model)
+        for name, patterns in self._patterns.items():
+            for pattern in patterns:
+                _check_matches(name, pattern, aliases, model)
+        groups: dict[str, list[str]] = {name: [] for name in (*self._patterns, SHARED)}
+        for parameter, names in aliases.items():
+            owners = [m for m, own in self._patterns.items() if any(selects(own, n) for n in names)]
+            if len(owners) > 1:
+                raise ValueError(
+                    f"parameter {parameter!r} belongs to {len(owners)} modalities, "
+                    f"{' and '.join(map(repr, owners))}: exclude it from all but one, "
+                    f"for example with the pattern '!{parameter}'"
+                )
+            groups[owners[0] if owners else SHARED].append(parameter)
+        for name in self._patterns:
+            if not groups[name]:
+                raise ValueError(
+                    f"modality {name!r} has no parameter: its patterns {list(self._patterns[name])} "
+                    f"exclude all that they match"
+                )
+        return {name: tuple(parameters) for name, parameters in groups.items()}
+
+
+def prunable(model: nn.Module, patterns: Sequence[str] = ()) -> tuple[str, ...]:
+    """Names of the weights that may be pruned, in the model's order.
+
+    By default the weights of convolution, linear and attention projection layers; never biases,
+    norm affine parameters and embeddings. Frozen parameters are not prunable.
+
+    Args:
+        model: The model.
+        patterns: Globs over parameter names that add to the default; with a leading `!` they remove.
+
+    Raises:
+        ValueError: If a pattern matches nothing, or nothing is left.
+    """
+    aliases = _parameter_aliases(model)
+    for pattern in patterns:
+        _check_matches("prunable", pattern, aliases, model)
+    parameters = dict(model.named_parameters())
+    default = set(_projection_weights(model))
+    added = [p for p in patterns if not p.startswith("!")]
+    removed = [p[1:] for p in patterns if p.startswith("!")]
+    names = []
+    for name, others in aliases.items():
+        wanted = name in default or any(_matches(p, n) for p in added for n in others)
+        unwanted = any(_matches(p, n) for p in removed for n in others)
+        if wanted and not unwanted and parameters[name].requires_grad:
+            names.append(name)
+    if not names:
+        raise ValueError(
+            "nothing is prunable: the model has no trainable weight of a convolution, linear or "
+            "attention layer that the patterns leave; unfreeze it or add parameters by pattern"
+        )
+    return tuple(names)
+
+
+def check_prunable(groups: Mapping[str, Sequence[str]], names: Iterable[str]) -> None:
+    """Raise a `ValueError` if a modality has no prunable weight, for example a frozen backbone."""
+    names = set(names)
+    for group, parameters in groups.items():
+        if group != SHARED and not names.intersection(parameters):
+            raise ValueError(
+                f"modality {group!r} has nothing to prune: all of its {len(parameters)} parameters "
+                f"are frozen or belong to no convolution, linear or attention layer; unfreeze the "
+                f"branch, correct the pattern, or add its weights with the option `prunable`"
+            )
+
+
+def group_of(groups: Mapping[str, Iterable[str]]) -> dict[str, str]:
+    """Invert group -> parameter names into parameter name -> group."""
+    return {name: group for group, names in groups.items() for name in names}
+
+
+def selects(patterns: Sequence[str], name: str) -> bool:
+    """Whether a pattern takes the parameter `name` and no `!` pattern takes it away."""
+    taken = any(_matches(p, name) for p in patterns if not p.startswith("!"))
+    return taken and not any(_matches(p[1:], name) for p in patterns if p.startswith("!"))
+
+
+def is_constant(module: nn.Module, leaf: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter is geometry (a frustum, a grid, indices) rather than something learned.
+
+    Such tensors are integers, or frozen and not a weight or bias: zeroing them gives divisions by
+    zero, not an inactive branch. A frozen weight or bias is a frozen layer, not a constant.
+    """
+    if not (parameter.is_floating_point() or parameter.is_complex()):
+        return True
+    return not parameter.requires_grad and "weight" not in leaf and "bias" not in leaf
+
+
+def _as_patterns(name: str, value: str | Sequence[str]) -> tuple[str, ...]:
+    patterns = (value,) if isinstance(value, str) else tuple(value)
+    for pattern in patterns:
+        if not isinstance(pattern, str) or not pattern.lstrip("!"):
+            raise TypeError(f"modality {name!r}: {pattern!r} is not a pattern over module paths")
+    return patterns
+
+
+def _parameter_aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """First name of each learned parameter -> all of its names."""
+    first: dict[int, str] = {}
+    aliases: dict[str, list[str]] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if isinstance(parameter, UninitializedParameter):
+            raise ValueError(
+                f"parameter {name!r} has no shape yet: run one batch through the lazy layers first"
+            )
+        owner, _, leaf = name.rpartition(".")
+        if not is_constant(modules[owner], leaf, parameter):
+            aliases.setdefault(first.setdefault(id(parameter), name), []).append(name)
+    return {name: tuple(names) for name, names in aliases.items()}
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """Whether the glob takes the parameter `name`, or a module above it."""
+    parts = name.replace(_COMPILED, "").split(".")
+    return any(fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
+
+
+def _check_matches(owner: str, pattern: str, aliases: Mapping[str, Iterable[str]], model: nn.Module) -> None:
+    glob = pattern.removeprefix("!")
+    if any(_matches(glob, name) for names in aliases.values() for name in names):
+        return
+    paths = [path.replace(_COMPILED, "") for path, _ in model.named_modules() if path]
+    close = difflib.get_close_matches(glob, paths, n=3, cutoff=0.4) or paths[:3]
+    raise ValueError(
+        f"{owner}: pattern {pattern!r} matches no parameter of {type(model).__name__}; "
+        f"did you mean {' or '.join(map(repr, close))}?"
+    )
+
+
+def _projection_weights(model: nn.Module) -> Iterator[str]:
+    for path, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if _is_projection(module, leaf, parameter):
+                yield f"{path}.{leaf}" if path else leaf
+
+
+def _is_projection(module: nn.Module, leaf: str, parameter: nn.Parameter) -> bool:
+    if isinstance(module, nn.MultiheadAttention):
+        return leaf.endswith("proj_weight")
+    if isinstance(module, (nn.Linear, nn.Bilinear)):
+        return leaf == "weight"
+    # Convolutions by their name: the sparse ones of other packages have no common base class.
+    return leaf == "weight" and "conv" in type(module).__name__.lower() and parameter.ndim >= 3

@@ -1,5 +1,6 @@
 """Fusion redundancy pruning for multi-sensor models trained with PyTorch Lightning."""
 
+from altermoma_pl.callback import AlterMOMACallback
 from altermoma_pl.contexts import deactivated, restored
 from altermoma_pl.criteria import (
     AlterEva,
@@ -11,11 +12,13 @@ from altermoma_pl.criteria import (
 )
 from altermoma_pl.masks import Masks
 from altermoma_pl.modality import Modalities
+from altermoma_pl.report import SparsityReport
 from altermoma_pl.schedules import Cubic, Exponential, Linear, OneShot, Schedule
 from altermoma_pl.sparsity import top_k
 
 __all__ = [
     "AlterEva",
+    "AlterMOMACallback",
     "Calibration",
     "Components",
     "Criterion",
@@ -28,6 +31,7 @@ __all__ = [
     "OneShot",
     "Random",
     "Schedule",
+    "SparsityReport",
     "deactivated",
     "restored",
     "top_k",

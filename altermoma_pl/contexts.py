@@ -51,6 +51,16 @@ def restored(model: nn.Module) -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
+def generators_restored() -> Iterator[None]:
+    """Bring the generators of torch (CPU and CUDA), numpy and `random` back on exit."""
+    states = _generator_states()
+    try:
+        yield
+    finally:
+        _set_generator_states(states)
+
+
+@contextmanager
 def deactivated(model: nn.Module, modality: Iterable[str]) -> Iterator[None]:
     """Multiply every parameter of a modality by zero inside the context (mu = 0 in the paper).
 

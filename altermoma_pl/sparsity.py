@@ -46,7 +46,7 @@ def top_k(
             than the target keeps.
     """
     _check_scores(scores, within)
-    _check_density(min_density)
+    check_density(min_density)
     keep: dict[str, Tensor] = {}
     for label, names, share in _scopes(scores, sparsity, scope, groups):
         candidates = [within[n] if within else torch.ones_like(scores[n], dtype=torch.bool) for n in names]
@@ -63,7 +63,8 @@ def check_sparsity(sparsity: float, what: str = "sparsity") -> None:
         raise ValueError(f"{what} must be a share of zeros in [0, 1), got {sparsity!r}")
 
 
-def _check_density(min_density: float) -> None:
+def check_density(min_density: float) -> None:
+    """Raise a `ValueError` unless `min_density` is in [0, 1]."""
     if not 0 <= min_density <= 1:
         raise ValueError(f"min_density must be in [0, 1], got {min_density!r}")
 

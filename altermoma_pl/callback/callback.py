@@ -1,0 +1,289 @@
+"""`AlterMOMACallback`: prunes a fusion model between the epochs of `Trainer.fit`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
+
+from altermoma_pl.callback.announcement import announce, draw, show_figures
+from altermoma_pl.callback.checks import check_masks, check_options
+from altermoma_pl.callback.enforcement import Enforcement
+from altermoma_pl.callback.loaders import ProbeLoader, probe_batches, training_batches
+from altermoma_pl.callback.loss import check_loss, loss_function
+from altermoma_pl.callback.progress import Progress, no_progress, scoring_bar
+from altermoma_pl.callback.state import PruningState
+from altermoma_pl.contexts import generators_restored, seed_generators
+from altermoma_pl.criteria import AlterEva, Calibration, Components, Criterion, Scores
+from altermoma_pl.masks import Masks
+from altermoma_pl.modality import Modalities
+from altermoma_pl.report import SparsityReport
+from altermoma_pl.schedules import Cubic, Schedule
+from altermoma_pl.sparsity import Scope, top_k
+
+_NEVER = -1  # an epoch before any event of any schedule
+
+
+class AlterMOMACallback(Callback):
+    """Scores the weights of a multi-sensor model and prunes them between epochs.
+
+    An event of the schedule happens in `on_train_epoch_start`, before the first batch of its epoch:
+    the weights are scored on held-out batches, ranked, masked, and the optimizers' moments of pruned
+    weights set to zero. Scoring leaves the run as it was, bit for bit. From then on weights are
+    multiplied by their masks after every optimizer step, and gradients before clipping. Masks are saved
+    in the checkpoint, beside a plain `state_dict` that loads without this package.
+
+    The loss is the module's own: `pruning_loss(batch, batch_idx)` where the module has it, else
+    `training_step`, with `self.log` silenced. Modules with manual optimization need `pruning_loss`.
+
+    With `fast_dev_run` there is one event, at epoch 0 and to the final sparsity, whatever the
+    schedule. Runs on several devices are refused.
+
+    Example:
+        >>> callback = AlterMOMACallback(
+        ...     modalities={"camera": ["encoders.camera"], "lidar": ["encoders.lidar"]}, sparsity=0.9
+        ... )
+
+    Args:
+        modalities: Modality -> patterns over module paths, for at least two (see `Modalities`).
+        sparsity: Share of zeros among prunable weights after the last event, in [0, 1); or one for
+            each modality and "shared", with the scope "modality".
+        criterion: Scores the weights.
+        schedule: At which epochs, and how far.
+        scope: Over what weights compete: the model ("global"), each "modality", or each "layer".
+        min_density: Share of each tensor that stays whatever its scores, at least one weight; 0 for no floor.
+        prunable: Patterns over parameter names that add to the weights of convolution, linear and
+            attention layers; with a leading `!` they remove.
+        loader: Batches to score on: those of `calibration_dataloader()` of the datamodule or module,
+            the "validation" loader, the "training" loader, or "auto", the first of the first two.
+        seed: For random numbers drawn while scoring.
+        output_dir: Where reports and figures go; None for a folder `pruning` in the logger's directory,
+            and nowhere without a logger.
+        figures: Draw figures (needs matplotlib), to files and to TensorBoard where it is used.
+        store_components: Keep DeCI and ReRI of the latest event in checkpoints; they are about three
+            times as large as the prunable weights.
+
+    Raises:
+        TypeError: If patterns are not strings.
+        ValueError: If an option is outside what is described.
+    """
+
+    def __init__(
+        self,
+        modalities: dict[str, str | list[str]],
+        sparsity: float | dict[str, float] = 0.9,
+        criterion: Criterion = AlterEva(),
+        schedule: Schedule = Cubic(),
+        scope: Scope = "global",
+        min_density: float = 0.01,
+        prunable: list[str] | None = None,
+        loader: ProbeLoader = "auto",
+        seed: int = 0,
+        output_dir: str | None = None,
+        figures: bool = True,
+        store_components: bool = True,
+    ) -> None:
+        self.modalities = Modalities(modalities)
+        self.sparsity = sparsity
+        self.criterion = criterion
+        self.schedule = schedule
+        self.scope = scope
+        self.min_density = min_density
+        self.prunable = prunable or []
+        self.loader = loader
+        self.seed = seed
+        self.output_dir = output_dir
+        self.figures = figures
+        self.store_components = store_components
+        check_options(self.modalities, sparsity, scope, min_density, loader)
+        self._state = PruningState()
+        self._enforcement: Enforcement | None = None
+
+    # What a user may ask.
+
+    @property
+    def masks(self) -> Masks | None:
+        """What is pruned; None before fit."""
+        return self._state.masks
+
+    @property
+    def components(self) -> Components | None:
+        """DeCI and ReRI of the latest event, where the criterion has them."""
+        return self._state.components
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """One entry for each event, oldest first: epoch, step, sparsity, kept share by group, losses."""
+        return self._state.events
+
+    def report(self) -> SparsityReport:
+        """What is pruned where; a `ValueError` before fit."""
+        return self._state.report()
+
+    # When: Lightning's hooks, in the order in which they come.
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work, before anything is loaded."""
+        if stage != "fit":
+            return
+        if trainer.world_size > 1:
+            raise ValueError(
+                f"AlterMOMACallback runs on one device, the Trainer has {trainer.world_size}: set "
+                f"devices=1, num_nodes=1"
+            )
+        last, epochs = self.schedule.last_epoch, trainer.max_epochs
+        if epochs is not None and epochs >= 0 and last >= epochs and not _is_trial(trainer):
+            raise ValueError(
+                f"the last event of {self.schedule} is at epoch {last}, but max_epochs={epochs} ends with "
+                f"epoch {epochs - 1}: let the schedule end earlier, or train for more epochs"
+            )
+        check_loss(pl_module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find modalities and weights, take up loaded masks, and hold them from now on."""
+        calibration = self._calibration(trainer, pl_module)
+        if self._state.masks is not None:
+            check_masks(self._state.masks, calibration, self.sparsity)
+        masks = self._state.masks or Masks.dense(calibration.weights)
+        self._state.masks = masks.to(pl_module)
+        self._state.group_of = calibration.group_of
+        self._enforcement = Enforcement(pl_module, self._state.masks, trainer.optimizers)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the schedule anew in a fit that starts anew; a resumed one goes on."""
+        if trainer.global_step == 0:
+            self._state.last_event_epoch = -1
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Score and prune if the schedule says so."""
+        epoch = trainer.current_epoch
+        due = epoch == 0 if _is_trial(trainer) else self.schedule.is_due(epoch)
+        if due and epoch > self._state.last_event_epoch:
+            self._prune(trainer, pl_module, epoch)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Catch up: a run resumed at the end of an epoch may enter the next without its start hook."""
+        if batch_idx == 0:
+            self.on_train_epoch_start(trainer, pl_module)
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Take pruned weights out of the gradient, before it is clipped."""
+        if self._enforcement is not None:
+            self._enforcement.hold_gradients_()
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Never save masks and weights that disagree."""
+        if self._enforcement is not None:
+            self._enforcement.hold_()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let go of the optimizers."""
+        self._release()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let go of the optimizers."""
+        self._release()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masks, schedule position, history and components."""
+        return self._state.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up a saved state; nothing is changed if it is damaged."""
+        self._state = PruningState.from_state_dict(state_dict)
+
+    # What happens in an event.
+
+    def _prune(self, trainer: Trainer, module: LightningModule, epoch: int) -> None:
+        enforcement = self._enforcement
+        if enforcement is None:
+            raise RuntimeError("AlterMOMACallback holds no masks: on_fit_start of this fit did not run")
+        target = self._target(self.schedule.last_epoch if _is_trial(trainer) else epoch)
+        self._state.last_event_epoch = epoch
+        if enforcement.masks.sparsity > 0 and target == self._target(_NEVER):
+            return  # a fit that goes on with a pruned model has nothing more to prune
+        started = time.perf_counter()
+        scores, components = self._score(trainer, module)
+        magnitudes = {n: p.detach().abs() for n, p in module.named_parameters() if n in scores}
+        masks = top_k(
+            scores, target, self.scope, enforcement.masks, self.min_density, self._state.group_of, magnitudes
+        )
+        enforcement.masks = masks
+        self._state.record(masks, epoch, trainer.global_step, components, self.store_components)
+        seconds = time.perf_counter() - started
+        announce(trainer, module, self._state, seconds)
+        if self.figures and (drawn := draw(self._state, components)):
+            show_figures(trainer, drawn, self._folder(trainer))
+
+    def _score(self, trainer: Trainer, module: LightningModule) -> tuple[Scores, Components | None]:
+        """Scores, with the generators of torch, numpy, `random` and the loaders as they were."""
+        with generators_restored(), scoring_bar(trainer) as progress:
+            seed_generators(self.seed)  # a hook that makes a loader may draw random numbers
+            probes = probe_batches(trainer, module, self.loader)
+            trainings = training_batches(trainer)
+            calibration = self._calibration(trainer, module, probes, trainings, progress)
+            try:
+                if isinstance(self.criterion, AlterEva):
+                    components = self.criterion.components(calibration)
+                    return self.criterion.combine(components, calibration.masks), components
+                return self.criterion.score(calibration), None
+            finally:
+                probes.rewind()
+                trainings.rewind()
+
+    def _calibration(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        probes: Iterable[Any] = (),
+        trainings: Iterable[Any] = (),
+        progress: Progress = no_progress,
+    ) -> Calibration:
+        return Calibration(
+            module,
+            loss_function(trainer, module),
+            probes,
+            trainings,
+            self.modalities,
+            self.prunable,
+            self._state.masks,
+            self.seed,
+            progress,
+        )
+
+    def _target(self, epoch: int) -> float | dict[str, float]:
+        """The schedule's sparsity at `epoch`, and at least what is pruned already."""
+        report = self.report()
+        if not isinstance(self.sparsity, dict):
+            return max(self.schedule.sparsity_at(epoch, self.sparsity), report.sparsity)
+        return {
+            group: max(self.schedule.sparsity_at(epoch, share), 1 - report.groups[group].kept)
+            for group, share in self.sparsity.items()
+        }
+
+    def _folder(self, trainer: Trainer) -> Path | None:
+        if _is_trial(trainer) or trainer.barebones:
+            return None
+        if self.output_dir is not None:
+            return Path(self.output_dir)
+        return Path(trainer.log_dir) / "pruning" if trainer.loggers and trainer.log_dir else None
+
+    def _release(self) -> None:
+        if self._enforcement is not None:
+            self._enforcement.release()
+        self._enforcement = None
+
+
+def _is_trial(trainer: Trainer) -> bool:
+    """Whether this is a `fast_dev_run`."""
+    return bool(getattr(trainer, "fast_dev_run", False))

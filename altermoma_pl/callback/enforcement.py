@@ -1,0 +1,75 @@
+"""Keeps pruned weights at zero while optimizers run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from altermoma_pl.masks import Masks
+
+
+class Enforcement:
+    """Multiplies weights by their masks after every step of every optimizer.
+
+    The step post hook is the one place that is reached after each real step, in automatic and manual
+    optimization, with accumulation, and not after a step that a gradient scaler skips.
+
+    Args:
+        model: The model whose parameters the masks name.
+        masks: What to hold at zero.
+        optimizers: The optimizers that may move the weights.
+    """
+
+    def __init__(self, model: nn.Module, masks: Masks, optimizers: Sequence[Optimizer]) -> None:
+        self._parameters = dict(model.named_parameters())
+        self._optimizers = list(optimizers)
+        self._handles = [o.register_step_post_hook(self._after_step) for o in self._optimizers]
+        self.masks = masks
+
+    @property
+    def masks(self) -> Masks:
+        """What is held at zero; setting it zeroes the weights and the optimizers' moments at once."""
+        return self._masks
+
+    @masks.setter
+    def masks(self, masks: Masks) -> None:
+        self._masks = masks
+        self._pairs = [(self._parameters[name], mask) for name, mask in masks.items()]
+        self.hold_()
+        self._zero_moments_()
+
+    @torch.no_grad()
+    def hold_(self) -> None:
+        """Set the pruned weights to zero."""
+        for parameter, mask in self._pairs:
+            parameter.mul_(mask)
+
+    @torch.no_grad()
+    def hold_gradients_(self) -> None:
+        """Set the gradients of pruned weights to zero, so that they take no part in clipping by norm."""
+        for parameter, mask in self._pairs:
+            if parameter.grad is not None:
+                parameter.grad.mul_(mask)
+
+    def release(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _after_step(self, *_: Any) -> None:
+        self.hold_()
+
+    @torch.no_grad()
+    def _zero_moments_(self) -> None:
+        """Momentum and Adam moments would carry a pruned weight away from zero."""
+        for optimizer in self._optimizers:
+            for parameter, mask in self._pairs:
+                # Not optimizer.state[...]: that would create an entry for a parameter that has none.
+                for moment in optimizer.state.get(parameter, {}).values():
+                    if isinstance(moment, Tensor) and moment.shape == parameter.shape:
+                        moment.mul_(mask)

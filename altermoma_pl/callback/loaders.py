@@ -1,0 +1,163 @@
+"""Where the batches come from, without disturbing the loops that use the same loaders."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.utils.data import DataLoader
+
+ProbeLoader = Literal["auto", "calibration", "validation", "training"]
+
+
+class Batches:
+    """Numbered batches of some loaders, one after the other, on the Trainer's device.
+
+    Every iteration gives the same order, for loaders that draw from a generator of torch: those of the
+    loaders themselves are rewound here, the global one is seeded by whoever iterates.
+
+    Args:
+        trainer: Moves batches to the device.
+        loaders: The loaders.
+        limit: What the Trainer calls `limit_..._batches`, for each loader: a number or a share.
+    """
+
+    def __init__(self, trainer: Trainer, loaders: Sequence[Iterable[Any]], limit: int | float) -> None:
+        self._trainer = trainer
+        self._loaders = [(_private(loader), _limit(loader, limit)) for loader in loaders]
+        self._generators = [(g, g.get_state()) for loader in loaders for g in _generators(loader)]
+
+    def __len__(self) -> int:
+        """Number of batches; a `TypeError` where a loader does not know."""
+        lengths = [(len(loader), limit) for loader, limit in self._loaders]
+        return sum(length if limit is None else min(length, limit) for length, limit in lengths)
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        self.rewind()
+        parts = (itertools.islice(loader, limit) for loader, limit in self._loaders)
+        for index, batch in enumerate(itertools.chain.from_iterable(parts)):
+            yield index, _to_device(self._trainer, batch)
+
+    def rewind(self) -> None:
+        """Bring the loaders' own generators back to where they were."""
+        for generator, state in self._generators:
+            generator.set_state(state)
+
+
+def probe_batches(trainer: Trainer, module: LightningModule, which: ProbeLoader) -> Batches:
+    """Held-out batches for gradients.
+
+    Args:
+        trainer: The Trainer, in fit.
+        module: Its module.
+        which: "calibration": the loader that `calibration_dataloader()` of the datamodule or module
+            returns; "validation" or "training": the Trainer's; "auto": the first of calibration and
+            validation that exists.
+
+    Raises:
+        ValueError: If there is no such loader.
+    """
+    if which == "training":
+        return training_batches(trainer)
+    calibration = _calibration_hook(trainer, module) if which != "validation" else None
+    if calibration is not None:
+        return Batches(trainer, _as_list(calibration()), trainer.limit_val_batches)
+    if which == "calibration":
+        raise ValueError(
+            "loader='calibration' needs a method `calibration_dataloader()` on the datamodule or the "
+            "LightningModule, and neither has one"
+        )
+    loaders = trainer.val_dataloaders or _load_validation(trainer)
+    if loaders is None:
+        raise ValueError(
+            f"there is no held-out loader to score weights with (limit_val_batches="
+            f"{trainer.limit_val_batches}): give the Trainer a validation loader and a validation_step, "
+            f"define `calibration_dataloader()` on the datamodule or the LightningModule, or choose "
+            f"loader='training'"
+        )
+    return Batches(trainer, _as_list(loaders), trainer.limit_val_batches)
+
+
+def training_batches(trainer: Trainer) -> Batches:
+    """The Trainer's training batches."""
+    loader: Any = trainer.train_dataloader
+    if isinstance(loader, (list, tuple, Mapping)):
+        loader = _Combined(loader)
+    return Batches(trainer, [loader], trainer.limit_train_batches)
+
+
+class _Combined:
+    """Several training loaders as Lightning combines them by default: until the longest ends."""
+
+    def __init__(self, loaders: Any) -> None:
+        self.combined = CombinedLoader(torch.utils._pytree.tree_map(_private, loaders), "max_size_cycle")
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch, _, _ in self.combined:
+            yield batch
+
+    def __len__(self) -> int:
+        iter(self.combined)  # its length is known only then
+        return len(self.combined)
+
+
+def _calibration_hook(trainer: Trainer, module: LightningModule) -> Any:
+    datamodule = getattr(trainer, "datamodule", None)
+    return getattr(datamodule, "calibration_dataloader", getattr(module, "calibration_dataloader", None))
+
+
+def _load_validation(trainer: Trainer) -> Any:
+    """Load the validation loaders as the Trainer would before its first validation."""
+    trainer.validating = True
+    try:
+        trainer.fit_loop.epoch_loop.val_loop.setup_data()
+    finally:
+        trainer.training = True
+    return trainer.val_dataloaders
+
+
+def _as_list(loaders: Any) -> list[Any]:
+    if isinstance(loaders, Mapping):
+        return list(loaders.values())
+    return list(loaders) if isinstance(loaders, (list, tuple)) else [loaders]
+
+
+def _private(loader: Any) -> Any:
+    """The same loader, except that iterating it does not end an iteration of persistent workers."""
+    if not isinstance(loader, DataLoader):
+        return loader
+    clone = copy.copy(loader)
+    vars(clone)["persistent_workers"] = False  # DataLoader refuses to set it after construction
+    return clone
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    """The loader's own generators: its own, its sampler's, its batch sampler's."""
+    owners = [loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
+    owners.append(getattr(owners[-1], "sampler", None))
+    found = {id(g): g for o in owners if isinstance(g := getattr(o, "generator", None), torch.Generator)}
+    return list(found.values())
+
+
+def _limit(loader: Any, limit: int | float) -> int | None:
+    if isinstance(limit, int):
+        return limit
+    return None if limit == 1.0 else int(len(loader) * limit)
+
+
+def _to_device(trainer: Trainer, batch: Any) -> Any:
+    """What the training loop does to a batch before training_step."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    datamodule = getattr(trainer, "datamodule", None)
+    overridden = isinstance(datamodule, LightningDataModule) and is_overridden(
+        "on_before_batch_transfer", datamodule
+    )
+    hooks: Any = datamodule if overridden else trainer.lightning_module
+    batch = hooks.on_before_batch_transfer(batch, 0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)

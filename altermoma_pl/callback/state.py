@@ -1,0 +1,98 @@
+"""Everything that the callback changes, and its form in a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from altermoma_pl.criteria import Components
+from altermoma_pl.masks import Masks
+from altermoma_pl.report import SparsityReport
+
+FORMAT = 1
+
+
+@dataclass
+class PruningState:
+    """Masks, the position in the schedule, and what the latest event measured.
+
+    Args:
+        masks: What is pruned; None before fit.
+        group_of: Masked parameter -> its modality or "shared".
+        last_event_epoch: Epoch of the latest event, -1 before the first.
+        events: One entry for each event, oldest first: "epoch", "step", "sparsity", "kept" (group ->
+            share) and "losses".
+        components: DeCI and ReRI of the latest event, where the criterion has them and they are stored.
+    """
+
+    masks: Masks | None = None
+    group_of: dict[str, str] = field(default_factory=dict)
+    last_event_epoch: int = -1
+    events: list[dict[str, Any]] = field(default_factory=list)
+    components: Components | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and builtins only: loads with `torch.load(..., weights_only=True)`."""
+        return {
+            "format": FORMAT,
+            "masks": self.masks.state_dict() if self.masks else None,
+            "group_of": dict(self.group_of),
+            "last_event_epoch": self.last_event_epoch,
+            "events": [dict(event) for event in self.events],
+            "components": self.components.state_dict() if self.components else None,
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> PruningState:
+        """Rebuild from `state_dict()`.
+
+        Raises:
+            ValueError: If the format is unknown, a key is missing or unknown, or a part is damaged.
+        """
+        expected = cls().state_dict().keys()
+        if state.keys() != expected:
+            raise ValueError(
+                f"the pruning state in the checkpoint is damaged: it must hold {sorted(expected)}, "
+                f"got {sorted(state)}"
+            )
+        if state["format"] != FORMAT:
+            raise ValueError(f"the pruning state has format {state['format']}, this version reads {FORMAT}")
+        masks = Masks.from_state_dict(state["masks"]) if state["masks"] else None
+        if masks is not None and masks.keys() != state["group_of"].keys():
+            raise ValueError("the pruning state in the checkpoint is damaged: masks and groups differ")
+        components = Components.from_state_dict(state["components"]) if state["components"] else None
+        events = [dict(event) for event in state["events"]]
+        return cls(masks, dict(state["group_of"]), state["last_event_epoch"], events, components)
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """Losses that the latest event measured."""
+        return self.events[-1]["losses"] if self.events else {}
+
+    def record(
+        self, masks: Masks, epoch: int, step: int, components: Components | None, keep_components: bool
+    ) -> None:
+        """Take up what an event decided."""
+        self.masks = masks
+        self.components = components if keep_components else None
+        report = SparsityReport.of(masks, self.group_of)
+        self.events.append(
+            {
+                "epoch": epoch,
+                "step": step,
+                "sparsity": report.sparsity,
+                "kept": {name: total.kept for name, total in report.groups.items()},
+                "losses": dict(components.losses) if components else {},
+            }
+        )
+
+    def report(self) -> SparsityReport:
+        """What is pruned where.
+
+        Raises:
+            ValueError: If there are no masks.
+        """
+        if self.masks is None:
+            raise ValueError("there are no masks to report on: nothing was pruned yet")
+        return SparsityReport.of(self.masks, self.group_of, self.losses)

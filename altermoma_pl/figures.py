@@ -1,0 +1,136 @@
+"""Figures: which layers are kept, importance against redundancy, sparsity over epochs.
+
+matplotlib is imported where it is used (extra `plot`). Colours are those of Okabe and Ito, which
+colour-blind readers can tell apart; markers differ as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from altermoma_pl.criteria import Components
+from altermoma_pl.masks import Masks
+from altermoma_pl.report import SparsityReport
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+_SHARED_COLOUR = "#7F7F7F"
+_MARKERS = "os^Dv<>"
+_MAX_POINTS = 4000
+
+
+def available() -> bool:
+    """Whether matplotlib is installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def kept_per_layer(report: SparsityReport) -> Figure:
+    """Horizontal bars: the share of each layer that stays, coloured by modality."""
+    from matplotlib.patches import Patch
+
+    colours = _colours(report.groups)
+    figure, axes = _axes(width=8, height=max(2.5, 0.22 * len(report.layers) + 1.2))
+    axes.barh(
+        [layer.name.removesuffix(".weight") for layer in report.layers],
+        [layer.kept for layer in report.layers],
+        color=[colours[layer.group] for layer in report.layers],
+    )
+    axes.axvline(1 - report.sparsity, color="black", linewidth=0.8, linestyle="--")
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", labelsize=7)
+    axes.set_xlim(0, 1)
+    axes.set_xlabel(f"share of weights kept (dashed: whole model, {1 - report.sparsity:.3f})")
+    handles = [
+        Patch(color=colours[name], label=f"{name}: {total.kept:.3f}") for name, total in report.groups.items()
+    ]
+    axes.legend(handles=handles, loc="lower right", fontsize=8)
+    return figure
+
+
+def importance_against_redundancy(components: Components, masks: Masks) -> Figure:
+    """Scatter of a sample of weights: DeCI against the sum of ReRI, pruned ones hollow."""
+    groups = list(dict.fromkeys(components.group_of.values()))
+    colours = _colours(groups)
+    figure, axes = _axes(width=6.5, height=5)
+    generator = torch.Generator().manual_seed(0)
+    for group, marker in zip(groups, _MARKERS * len(groups), strict=False):
+        names = [name for name, own in components.group_of.items() if own == group]
+        deci = torch.cat([components.deci[n].flatten().cpu() for n in names])
+        reri = torch.cat([_total_reri(components, n) for n in names])
+        kept = torch.cat([masks[n].flatten().cpu() for n in names])
+        visible = ((deci > 0) & (reri > 0)).nonzero().squeeze(1)
+        sample = visible[torch.randperm(len(visible), generator=generator)[: _MAX_POINTS // len(groups)]]
+        for flag, face in ((False, "none"), (True, colours[group])):
+            part = sample[kept[sample] == flag]
+            axes.scatter(
+                deci[part].numpy(),
+                reri[part].numpy(),
+                s=8,
+                marker=marker,
+                facecolors=face,
+                edgecolors=colours[group],
+                linewidths=0.5,
+                alpha=0.6,
+                label=f"{group}, {'kept' if flag else 'pruned'}",
+            )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("DeCI: contribution with all modalities active")
+    axes.set_ylabel("ReRI: redundancy, summed over deactivations")
+    axes.legend(fontsize=8, markerscale=2)
+    return figure
+
+
+def sparsity_over_epochs(events: Sequence[Mapping[str, Any]]) -> Figure:
+    """Steps: the kept share of each modality and of the model after each event.
+
+    Args:
+        events: Entries with "epoch", "sparsity" and "kept" (group -> share), oldest first.
+    """
+    figure, axes = _axes(width=6.5, height=4)
+    epochs = [event["epoch"] for event in events]
+    axes.step(
+        epochs, [1 - event["sparsity"] for event in events], "k--", where="post", marker=".", label="model"
+    )
+    colours = _colours(events[-1]["kept"])
+    for (group, colour), marker in zip(colours.items(), _MARKERS * len(colours), strict=False):
+        shares = [event["kept"][group] for event in events]
+        axes.step(epochs, shares, where="post", color=colour, marker=marker, markersize=4, label=group)
+    axes.set_ylim(0, 1)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("share of weights kept")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def _axes(width: float, height: float) -> tuple[Figure, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # Not pyplot: it would choose a window system and keep every figure alive.
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=120)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _colours(groups: Any) -> dict[str, str]:
+    named = [group for group in groups if group != "shared"]
+    colours = dict(zip(named, _COLOURS * len(named), strict=False))
+    return {group: colours.get(group, _SHARED_COLOUR) for group in groups}
+
+
+def _total_reri(components: Components, name: str) -> torch.Tensor:
+    parts = [own[name].flatten().cpu() for own in components.reri.values() if name in own]
+    return torch.stack(parts).sum(0)

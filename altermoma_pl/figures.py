@@ -7,6 +7,7 @@ colour-blind readers can tell apart; markers differ as well.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +32,28 @@ def available() -> bool:
     except ImportError:
         return False
     return True
+
+
+def draw(
+    report: SparsityReport,
+    events: Sequence[Mapping[str, Any]],
+    components: Components | None,
+    masks: Masks | None,
+) -> dict[str, Figure]:
+    """Name -> figure, of all that the given data allow."""
+    drawn = {"kept_per_layer": kept_per_layer(report)}
+    if events:
+        drawn["sparsity_over_epochs"] = sparsity_over_epochs(events)
+    if components is not None and masks is not None:
+        drawn["importance_against_redundancy"] = importance_against_redundancy(components, masks)
+    return drawn
+
+
+def save(drawn: Mapping[str, Figure], folder: Path) -> None:
+    """Write each figure to `folder` as png, under its name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, figure in drawn.items():
+        figure.savefig(folder / f"{name}.png")
 
 
 def kept_per_layer(report: SparsityReport) -> Figure:

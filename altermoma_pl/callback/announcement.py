@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
 
 from altermoma_pl import figures
 from altermoma_pl.callback.state import PruningState
 from altermoma_pl.criteria import Components
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 def announce(trainer: Trainer, module: LightningModule, state: PruningState, seconds: float) -> None:
@@ -28,29 +26,25 @@ def announce(trainer: Trainer, module: LightningModule, state: PruningState, sec
         logger.log_metrics(metrics, step=trainer.global_step)
 
 
-def draw(state: PruningState, components: Components | None) -> dict[str, Figure]:
-    """Name -> figure; empty without matplotlib."""
-    if not figures.available():
-        return {}
-    report = state.report()
-    drawn = {
-        "kept_per_layer": figures.kept_per_layer(report),
-        "sparsity_over_epochs": figures.sparsity_over_epochs(state.events),
-    }
-    if components is not None and state.masks is not None:
-        drawn["importance_against_redundancy"] = figures.importance_against_redundancy(
-            components, state.masks
-        )
-    return drawn
+def show_figures(
+    trainer: Trainer, state: PruningState, components: Components | None, folder: Path | None
+) -> None:
+    """Draw the event, to `folder` and to every logger that takes figures as TensorBoard's does.
 
-
-def show_figures(trainer: Trainer, drawn: dict[str, Figure], folder: Path | None) -> None:
-    """Write figures to `folder`, and to every logger that takes figures as TensorBoard's does."""
+    Nothing is drawn without matplotlib, or where nobody would see it.
+    """
+    loggers = [each for each in trainer.loggers if callable(getattr(_experiment(each), "add_figure", None))]
+    if state.masks is None or not (folder or loggers) or not figures.available():
+        return
+    drawn = figures.draw(state.report(), state.events, components, state.masks)
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
+        figures.save(drawn, folder)
+    for logger in loggers:
         for name, figure in drawn.items():
-            figure.savefig(folder / f"{name}.png")
-    for logger in trainer.loggers:
-        if callable(add_figure := getattr(getattr(logger, "experiment", None), "add_figure", None)):
-            for name, figure in drawn.items():
-                add_figure(f"pruning/{name}", figure, global_step=trainer.global_step, close=False)
+            _experiment(logger).add_figure(
+                f"pruning/{name}", figure, global_step=trainer.global_step, close=False
+            )
+
+
+def _experiment(logger: Logger) -> Any:
+    return getattr(logger, "experiment", None)

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
-from altermoma_pl.callback.announcement import announce, draw, show_figures
+from altermoma_pl.callback.announcement import announce, show_figures
 from altermoma_pl.callback.checks import check_masks, check_options
 from altermoma_pl.callback.enforcement import Enforcement
 from altermoma_pl.callback.loaders import ProbeLoader, probe_batches, training_batches
@@ -222,8 +222,8 @@ class AlterMOMACallback(Callback):
         self._state.record(masks, epoch, trainer.global_step, components, self.store_components)
         seconds = time.perf_counter() - started
         announce(trainer, module, self._state, seconds)
-        if self.figures and (drawn := draw(self._state, components)):
-            show_figures(trainer, drawn, self._folder(trainer))
+        if self.figures:
+            show_figures(trainer, self._state, components, self._folder(trainer))
 
     def _score(self, trainer: Trainer, module: LightningModule) -> tuple[Scores, Components | None]:
         """Scores, with the generators of torch, numpy, `random` and the loaders as they were."""

@@ -1,0 +1,116 @@
+"""Command line: `altermoma fit | validate | test | report`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from altermoma_pl import figures
+from altermoma_pl.callback import AlterMOMACallback
+from altermoma_pl.callback.state import PruningState
+
+_DESCRIPTION = (
+    "Train and prune a fusion model. `altermoma report CHECKPOINT` shows what a checkpoint of a pruned "
+    "model keeps, per layer and per modality (see `altermoma report --help`)."
+)
+
+
+class AlterMOMACLI(LightningCLI):
+    """LightningCLI with the arguments of `AlterMOMACallback` as the group `pruning`.
+
+    Unlike an entry of the list `trainer.callbacks`, the group can be overridden key by key from further
+    `--config` files and flags, and a typo in it gives a short error.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("parser_kwargs", {}).setdefault("description", _DESCRIPTION)
+        super().__init__(*args, **kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the group `pruning`."""
+        parser.add_lightning_class_args(AlterMOMACallback, "pruning")
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The Trainer's methods that make sense for a pruned model, and their arguments to skip."""
+        loaders = {"model", "dataloaders", "datamodule"}
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
+            "validate": loaders,
+            "test": loaders,
+        }
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of the console script; `args` are for callers within Python.
+
+    Modules in the current folder can be named by `class_path`, as with `python -m`.
+    """
+    arguments = sys.argv[1:] if args is None else args
+    if arguments[:1] == ["report"]:
+        _report(arguments[1:])
+        return
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    AlterMOMACLI(args=args)
+
+
+def load_pruning_state(path: str, trust: bool = False) -> PruningState:
+    """The callback's state in a Lightning checkpoint, checked against the checkpoint's weights.
+
+    Args:
+        path: The checkpoint.
+        trust: Load objects other than tensors and builtins too, which can run code.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it holds no pruning state, other objects than tensors and builtins, or weights
+            that are not zero where its masks say so.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=not trust)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is no checkpoint of tensors and builtins only; if you trust its origin, use --trust"
+        ) from error
+    callbacks = checkpoint.get("callbacks", {}) if isinstance(checkpoint, dict) else {}
+    found = [value for key, value in callbacks.items() if key.startswith(AlterMOMACallback.__name__)]
+    if not found:
+        raise ValueError(
+            f"{path} has no state of {AlterMOMACallback.__name__}: give a checkpoint that a Trainer with "
+            f"this callback saved (this one has the callbacks {list(callbacks)})"
+        )
+    state = PruningState.from_state_dict(found[0])
+    for name, mask in (state.masks or {}).items():
+        weight = checkpoint["state_dict"].get(name)
+        if weight is not None and weight[~mask].count_nonzero():
+            raise ValueError(f"{path}: {name!r} is not zero where its mask prunes it")
+    return state
+
+
+def _report(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser("altermoma report", description="What a pruned checkpoint keeps.")
+    parser.add_argument("checkpoint", help="saved by a Trainer with AlterMOMACallback")
+    parser.add_argument("--format", choices=("table", "json", "csv"), default="table")
+    parser.add_argument("--figures", metavar="FOLDER", help="also write figures there (needs matplotlib)")
+    parser.add_argument("--trust", action="store_true", help="load a checkpoint that holds other objects")
+    options = parser.parse_args(arguments)
+    try:
+        state = load_pruning_state(options.checkpoint, options.trust)
+        report = state.report()
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    text = {"table": report.to_text, "json": report.to_json, "csv": report.to_csv}[options.format]()
+    sys.stdout.write(text.rstrip() + "\n")
+    if options.figures:
+        if not figures.available():
+            parser.error("--figures needs matplotlib: pip install 'altermoma-pl[plot]'")
+        drawn = figures.draw(report, state.events, state.components, state.masks)
+        figures.save(drawn, Path(options.figures))

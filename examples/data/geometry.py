@@ -6,6 +6,8 @@ from numpy.typing import NDArray
 from examples.grid import BEVGrid
 
 Floats = NDArray[np.floating]
+Ints = NDArray[np.integer]
+Bools = NDArray[np.bool_]
 
 # Segmentation classes drawn from boxes: one list of indices into CLASSES per map.
 OBJECT_MAPS = {"vehicle": (0,), "vulnerable": (1, 2)}
@@ -35,12 +37,11 @@ def to_box_frame(points: Floats, boxes: Floats) -> Floats:
     return np.stack([along, across, offset[..., 2]], axis=-1)
 
 
-def points_in_boxes(points: Floats, boxes: Floats, margin: float = 0.0) -> NDArray[np.bool_]:
+def points_in_boxes(points: Floats, boxes: Floats, margin: float = 0.0) -> Bools:
     """(M, N): whether each of N points lies in each of M boxes grown by `margin` metres a side."""
-    return np.all(
-        np.abs(to_box_frame(points, boxes)) <= boxes[:, None, 3:6] / 2 + margin,
-        axis=-1,
-    )
+    reach = boxes[:, None, 3:6] / 2 + margin
+    inside: Bools = np.all(np.abs(to_box_frame(points, boxes)) <= reach, axis=-1)
+    return inside
 
 
 def box_corners(boxes: Floats) -> Floats:
@@ -62,17 +63,16 @@ def project(points: Floats, lidar_to_image: Floats) -> tuple[Floats, Floats]:
     return projected[..., :2] / np.where(depth > 0, depth, 1.0)[..., None], depth
 
 
-def in_view(
-    points: Floats, lidar_to_image: Floats, image_size: tuple[int, int]
-) -> NDArray[np.bool_]:
+def in_view(points: Floats, lidar_to_image: Floats, image_size: tuple[int, int]) -> Bools:
     """Whether each point lies in front of the camera and inside its image of (height, width)."""
     pixels, depth = project(points, lidar_to_image)
     height, width = image_size
-    inside = np.all((pixels >= 0) & (pixels < np.array([width, height])), axis=-1)
-    return inside & (depth > 0)
+    inside: Bools = np.all((pixels >= 0) & (pixels < np.array([width, height])), axis=-1)
+    inside &= depth > 0
+    return inside
 
 
-def in_grid(points: Floats, grid: BEVGrid) -> NDArray[np.bool_]:
+def in_grid(points: Floats, grid: BEVGrid) -> Bools:
     """Whether each point (or box, by its centre) lies over the grid."""
     x, y = points[:, 0], points[:, 1]
     return (x >= grid.x_min) & (x < grid.x_max) & (y >= grid.y_min) & (y < grid.y_max)
@@ -86,7 +86,7 @@ def cell_centres(grid: BEVGrid) -> Floats:
     return np.stack(np.meshgrid(x, y, indexing="ij"), axis=-1).reshape(-1, 2)
 
 
-def rasterise(boxes: Floats, classes: NDArray[np.integer], grid: BEVGrid) -> NDArray[np.uint8]:
+def rasterise(boxes: Floats, classes: Ints, grid: BEVGrid) -> NDArray[np.uint8]:
     """Footprints of boxes, one map per entry of `OBJECT_MAPS`.
 
     A cell is marked if its centre lies in a footprint or if it holds the centre of a box, so that

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from examples.data.batch import CLASSES
-from examples.data.geometry import Floats, wrap_angle
+from examples.data.geometry import Floats, Ints, wrap_angle
 
 LABEL_TYPES = (
     *CLASSES,
@@ -276,9 +276,7 @@ def read_image(
     return np.array(image), scale
 
 
-def labels_to_boxes(
-    labels: Iterable[Label], calibration: Calibration
-) -> tuple[Floats, NDArray[np.int64]]:
+def labels_to_boxes(labels: Iterable[Label], calibration: Calibration) -> tuple[Floats, Ints]:
     """Boxes (M, 7) in the LiDAR frame and their classes (M,); types outside CLASSES are dropped."""
     kept = [label for label in labels if label.kind in CLASSES]
     # Half the height up from the bottom (y points down) BEFORE the transform: the camera is tilted

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-import lightning as L
 import torch
+from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from examples.data.dataset import DrivingDataset, EpochSampler, Frame, collate
@@ -13,7 +13,7 @@ from examples.data.synthetic import STATIC_MAPS, SyntheticConfig, generate
 from examples.grid import BEVGrid
 
 
-class DrivingData(L.LightningDataModule):
+class DrivingData(LightningDataModule):
     """Batches of camera images, LiDAR points, boxes and maps.
 
     Three splits: `train` and `val`, and `calibration`, on which scores are measured: the first
@@ -60,6 +60,11 @@ class DrivingData(L.LightningDataModule):
         for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"{name} must be 1 or more, got {value}")
+        if num_train < batch_size:
+            raise ValueError(
+                f"num_train must be at least batch_size = {batch_size}, got {num_train}: an "
+                "incomplete training batch is dropped"
+            )
         if flip and grid.y_min != -grid.y_max:
             raise ValueError(
                 f"flip=True needs a grid that is symmetric in y, got y from {grid.y_min} to "
@@ -101,9 +106,9 @@ class DrivingData(L.LightningDataModule):
         held_out = self.num_calibration
         if len(train) < held_out + self.batch_size:
             raise ValueError(
-                f"the training list of {root} has {len(train)} frames, but num_calibration = "
-                f"{held_out} are held out and a batch needs {self.batch_size}; lower num_calibration"
-                " or batch_size"
+                f"the training list of {root} has {len(train)} frames, but {held_out} are held out "
+                f"for calibration and a batch needs {self.batch_size}; lower num_calibration or "
+                "batch_size"
             )
         frames = {
             "calibration": train[:held_out],

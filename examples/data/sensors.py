@@ -173,8 +173,8 @@ def _texture(thing: Thing, local: Floats, axis: Ints) -> Floats:
     if not period:
         return np.broadcast_to(first, local.shape)
     band = (local[:, 2] / period + thing.phase) % 1 < 0.5
-    tone: Floats = np.where(band[:, None], first, second)
-    return tone
+    striped: Floats = np.where(band[:, None], first, second)
+    return striped
 
 
 def _weather(colour: Floats, distance: Floats, rng: np.random.Generator) -> Floats:

@@ -254,6 +254,8 @@ def test_workers_load_the_same_batches(data, cache_dir):
 
 def test_arguments_from_yaml(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["fit"])  # Lightning warns about pytest's own arguments
+    # Lightning's own calls are deprecated in new versions of jsonargparse.
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     path = tmp_path / "config.yaml"
     path.write_text("data: {image_size: [64, 208], grid: {cell: 0.4}, flip: false, root: null}")
     cli = LightningCLI(

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
-import lightning as L
 import torch
+from lightning import LightningModule
 from torch import Tensor, nn
 
 from altermoma_pl.metrics import BEVIoU, CentreDistanceAP
@@ -19,7 +19,7 @@ from examples.models.pretrained import load_encoder
 WARM_UP_SHARE = 0.1
 
 
-class FusionModule(L.LightningModule):
+class FusionModule(LightningModule):
     """Trains `FusionModel` on objects and maps.
 
     Logs `train/loss` with its parts and, under `val/` and `test/`, `loss`, `miou`, `ap` and the
@@ -60,9 +60,7 @@ class FusionModule(L.LightningModule):
             )
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.map_classes = names
-        self.model = FusionModel(
-            sensors, size, len(CLASSES), num_map_classes, tuple(image_size), grid
-        )
+        self.model = FusionModel(sensors, size, len(CLASSES), num_map_classes, image_size, grid)
         for sensor, path in (backbones or {}).items():
             load_encoder(self.model, sensor, path)
         self.metrics = nn.ModuleDict(
@@ -125,7 +123,7 @@ class FusionModule(L.LightningModule):
     def _log_losses(self, stage: str, losses: dict[str, Tensor], batch: Batch) -> None:
         values = {f"{stage}/{name}": value.detach() for name, value in losses.items()}
         size = len(batch.image)
-        self.log_dict(values, batch_size=size, prog_bar=False, sync_dist=stage != "train")
+        self.log_dict(values, batch_size=size, sync_dist=stage != "train")
 
     def _log_metrics(self, stage: str) -> None:
         names = {"miou": self.map_classes, "ap": CLASSES}

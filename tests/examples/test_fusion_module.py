@@ -1,0 +1,136 @@
+import re
+
+import pytest
+import torch
+from lightning import Trainer
+from torch.utils.data import DataLoader
+
+from examples.data.batch import Batch
+from examples.grid import BEVGrid
+from examples.models.module import FusionModule, learning_rate_factor
+
+GRID = BEVGrid(x_min=0.0, x_max=12.8, y_min=-6.4, y_max=6.4)  # 16 x 16 cells
+
+
+def make_batch(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.randint(256, (2, 3, 32, 64), generator=generator, dtype=torch.uint8)
+    points = torch.rand(100, 4, generator=generator) * torch.tensor([12.8, 6.4, 2.0, 1.0])
+    frames = torch.tensor([0, 1])
+    return Batch(
+        image=image,
+        lidar_to_image=torch.tensor(
+            [[32.0, -32.0, 0.0, 0.0], [16.0, 0.0, -32.0, 0.0], [1.0, 0.0, 0.0, 0.0]]
+        ).repeat(2, 1, 1),
+        points=points,
+        point_frame=frames.repeat_interleave(50),
+        boxes=torch.tensor([[5.0, 1.0, 0, 4, 2, 1.5, 0.1], [8.0, -3.0, 0, 1, 1, 1.7, 2.0]]),
+        box_class=torch.tensor([0, 2]),
+        box_frame=frames,
+        segmentation=torch.randint(2, (2, 2, 16, 16), generator=generator, dtype=torch.uint8),
+    )
+
+
+def make_module(**arguments):
+    defaults = {"num_map_classes": 2, "map_classes": ["road", "lane"], "image_size": (32, 64)}
+    return FusionModule(**{**defaults, "grid": GRID, **arguments})
+
+
+def make_trainer(**arguments):
+    return Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **arguments,
+    )
+
+
+def loader(count=3):
+    return DataLoader([make_batch(seed) for seed in range(count)], batch_size=None)
+
+
+def checkpoint(tmp_path, sensor):
+    trainer = make_trainer(max_steps=2, limit_val_batches=0)
+    module = make_module(sensors=[sensor])
+    trainer.fit(module, loader(), loader(1))
+    path = tmp_path / f"{sensor}.ckpt"
+    trainer.save_checkpoint(path)
+    return module, str(path)
+
+
+def test_fit_validate_and_test_log_losses_and_metrics():
+    module, trainer = make_module(), make_trainer(max_epochs=1)
+    trainer.fit(module, loader(), loader(2))
+    logged = trainer.callback_metrics
+    expected = {"train/loss", "val/loss", "val/miou", "val/ap"}
+    assert expected | {"val/miou_road", "val/miou_lane", "val/ap_Car"} <= set(logged)
+    assert "val/ap_Pedestrian" not in logged  # it does not occur
+    assert all(value.isfinite() for value in logged.values())
+    by_hand = (logged["val/miou_road"] + logged["val/miou_lane"]) / 2
+    torch.testing.assert_close(logged["val/miou"], by_hand)
+
+    (results,) = trainer.test(module, loader(2), verbose=False)
+    assert {"test/loss", "test/miou", "test/ap"} <= set(results)
+    assert results["test/miou"] == pytest.approx(logged["val/miou"].item())
+
+
+def test_fast_dev_run():
+    make_trainer(fast_dev_run=True).fit(make_module(), loader(), loader())
+
+
+def test_loss_needs_no_trainer():
+    losses = make_module().loss(make_batch())
+    parts = losses["heatmap"] + losses["regression"] + losses["map"]
+    torch.testing.assert_close(losses["loss"], parts)
+
+
+def test_learning_rate_warms_up_and_decays():
+    factors = [learning_rate_factor(step, 100) for step in range(101)]
+    assert factors[0] == pytest.approx(1 / 11)
+    assert max(factors) == factors[10] == 1
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+    assert factors[100] == pytest.approx(0)
+    assert all(0 < factor <= 1 for factor in factors[:100])
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3])
+def test_learning_rate_of_short_trainings(num_steps):
+    assert all(0 < learning_rate_factor(step, num_steps) <= 1 for step in range(num_steps))
+
+
+def test_learning_rate_of_endless_training_stays():
+    assert learning_rate_factor(10_000, float("inf")) == 1
+
+
+def test_backbones_come_from_single_sensor_checkpoints(tmp_path):
+    camera, camera_path = checkpoint(tmp_path, "camera")
+    lidar, lidar_path = checkpoint(tmp_path, "lidar")
+    both = make_module(backbones={"camera": camera_path, "lidar": lidar_path})
+    state = both.model.encoders.state_dict()
+    for single in (camera, lidar):
+        for name, value in single.model.encoders.state_dict().items():
+            assert torch.equal(state[name], value)
+
+
+def test_refused_backbones(tmp_path):
+    module, path = checkpoint(tmp_path, "camera")
+    with pytest.raises(ValueError, match=re.escape("'lidar', but the model has ('camera',).")):
+        make_module(sensors=["camera"], backbones={"lidar": path})
+    with pytest.raises(ValueError, match=r"does not fit encoders\.lidar: missing \['backbone"):
+        make_module(backbones={"lidar": path})
+
+    name = "model.encoders.camera.neck.mix.0.weight"
+    state = {**module.state_dict(), "model.encoders.camera.extra": torch.zeros(1)}
+    state[name] = state[name][:1]
+    torch.save({"state_dict": state}, path)
+    message = "missing [], unexpected ['extra'], of another shape ['neck.mix.0.weight']"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_module(backbones={"camera": path})
+
+
+def test_refused_map_classes():
+    message = "map_classes must name 2 classes (num_map_classes), got ['road']."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_module(map_classes=["road"])

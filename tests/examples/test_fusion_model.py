@@ -280,6 +280,15 @@ def test_zeroed_encoder_keeps_loss_and_gradients_finite(sensor):
     assert all(p.grad.count_nonzero() > 0 for p in other.parameters())
 
 
+def test_mixed_precision_loss_is_close_and_float32():
+    model, batch = fusion(), random_batch()
+    expected = model.loss(model(batch), batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model.loss(model(batch), batch)
+    assert all(loss.dtype == torch.float32 for loss in losses.values())
+    assert_close(losses["loss"], expected["loss"], rtol=0.05, atol=0)
+
+
 @pytest.mark.parametrize("sensor", SENSORS)
 def test_single_sensor_encoder_fits_the_fusion_model(sensor):
     single, both = fusion([sensor], seed=1), fusion()

@@ -67,7 +67,9 @@ def probe_batches(trainer: Trainer, module: LightningModule, which: ProbeLoader)
         return training_batches(trainer)
     calibration = _calibration_hook(trainer, module) if which != "validation" else None
     if calibration is not None:
-        return Batches(trainer, _as_list(calibration()), trainer.limit_val_batches)
+        # It exists for scoring alone: only a fast_dev_run limits it, not limit_val_batches.
+        limit = trainer.limit_val_batches if getattr(trainer, "fast_dev_run", False) else 1.0
+        return Batches(trainer, _as_list(calibration()), limit)
     if which == "calibration":
         raise ValueError(
             "loader='calibration' needs a method `calibration_dataloader()` on the datamodule or the "

@@ -1,0 +1,188 @@
+"""Pre-train each sensor alone, fuse, fine-tune, prune: the situation that AlterMOMA is about.
+
+    python examples/train.py --config examples/configs/kitti.yaml --data.root /path/to/kitti
+
+`run` is what `quickstart.py` calls; every argument can stand in the YAML or be given as a flag.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lightning import Callback, Trainer, seed_everything
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, so that `examples` is found
+
+from altermoma_pl import AlterMOMACallback, SparsityReport
+from examples.data.datamodule import DrivingData
+from examples.models.evaluate import evaluate
+from examples.models.module import FusionModule
+
+MODALITIES = {"camera": ["model.encoders.camera"], "lidar": ["model.encoders.lidar"]}
+VIEWS = {"both": None, "camera dropped": "camera", "LiDAR dropped": "lidar"}
+
+
+@dataclass(frozen=True)
+class Epochs:
+    """Length of each stage in epochs.
+
+    Args:
+        camera: Pre-training of the camera branch.
+        lidar: Pre-training of the LiDAR branch.
+        fusion: Training of the fused, dense model.
+        pruning: Pruning and fine-tuning; the schedule's events lie within.
+    """
+
+    camera: int = 8
+    lidar: int = 6
+    fusion: int = 4
+    pruning: int = 8
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run measured.
+
+    Args:
+        alone: Sensor -> metric -> value of the model pre-trained on it; empty if that was skipped.
+        dense: View ("both", "camera dropped", "LiDAR dropped") -> metric -> value, before pruning.
+        pruned: The same after pruning and fine-tuning.
+        report: What the pruned model keeps.
+        output_dir: Where checkpoints, figures and `result.json` lie.
+    """
+
+    alone: dict[str, dict[str, float]]
+    dense: dict[str, dict[str, float]]
+    pruned: dict[str, dict[str, float]]
+    report: SparsityReport
+    output_dir: Path
+
+
+def run(
+    data: DrivingData,
+    pruning: AlterMOMACallback,
+    size: Literal["small", "large"] = "small",
+    epochs: Epochs = Epochs(),
+    learning_rate: float = 2e-3,
+    pruning_learning_rate: float = 1e-3,
+    dense: str | None = None,
+    output_dir: str = "runs/experiment",
+    seed: int = 0,
+    accelerator: str = "auto",
+    progress_bar: bool = True,
+) -> Result:
+    """Train, prune and evaluate.
+
+    Args:
+        data: The data.
+        pruning: The callback.
+        size: Of the model: "small" for a CPU, "large" for a GPU.
+        epochs: Length of each stage.
+        learning_rate: Of pre-training and fusion.
+        pruning_learning_rate: While pruning and fine-tuning.
+        dense: Checkpoint of a dense fusion model (`dense.ckpt` of an earlier run): skips the first
+            three stages.
+        output_dir: For checkpoints, figures and results.
+        seed: Of weights and everything random in training.
+        accelerator: As for Lightning's Trainer.
+        progress_bar: Whether to show Lightning's progress bars.
+    """
+    folder = Path(output_dir)
+    data.prepare_data()
+    data.setup()
+
+    def module(**options: object) -> FusionModule:
+        return FusionModule(
+            size=size,
+            num_map_classes=len(data.map_classes),
+            map_classes=list(data.map_classes),
+            image_size=data.image_size,
+            grid=data.grid,
+            **options,  # type: ignore[arg-type]
+        )
+
+    def train(name: str, model: FusionModule, num_epochs: int, callbacks: list[Callback]) -> None:
+        print(f"{name}: {num_epochs} epochs", flush=True)
+        trainer = Trainer(
+            max_epochs=num_epochs,
+            accelerator=accelerator,
+            devices=1,
+            callbacks=callbacks,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=progress_bar,
+            num_sanity_val_steps=0,
+            limit_val_batches=0,  # evaluated once, at the end of the last stage
+            gradient_clip_val=10.0,
+        )
+        trainer.fit(model, datamodule=data)
+        trainer.save_checkpoint(folder / f"{name}.ckpt")
+
+    seed_everything(seed, verbose=False)
+    alone = {}
+    if dense is None:
+        backbones = {}
+        for sensor, num_epochs in (("camera", epochs.camera), ("lidar", epochs.lidar)):
+            model = module(sensors=[sensor], learning_rate=learning_rate)
+            train(sensor, model, num_epochs, [])
+            alone[sensor] = evaluate(model.model, data.val_dataloader())
+            backbones[sensor] = str(folder / f"{sensor}.ckpt")
+        train("dense", module(backbones=backbones, learning_rate=learning_rate), epochs.fusion, [])
+        dense = str(folder / "dense.ckpt")
+    model = module(weights=dense, learning_rate=pruning_learning_rate)
+    dense_metrics = _evaluate(model, data)
+    if pruning.output_dir is None:
+        pruning.output_dir = str(folder / "pruning")
+    seed_everything(seed, verbose=False)
+    train("pruned", model, epochs.pruning, [pruning])
+    result = Result(alone, dense_metrics, _evaluate(model, data), pruning.report(), folder)
+    _save(result)
+    return result
+
+
+def _evaluate(model: FusionModule, data: DrivingData) -> dict[str, dict[str, float]]:
+    return {view: evaluate(model.model, data.val_dataloader(), drop) for view, drop in VIEWS.items()}
+
+
+def _save(result: Result) -> None:
+    values = {
+        "alone": result.alone,
+        "dense": result.dense,
+        "pruned": result.pruned,
+        "sparsity": result.report.sparsity,
+        "kept": {name: total.kept for name, total in result.report.groups.items()},
+    }
+    (result.output_dir / "result.json").write_text(json.dumps(values, indent=2) + "\n")
+
+
+def table(result: Result) -> Table:
+    """Dense against pruned: metrics with both sensors and with each dropped, and the kept shares."""
+    groups = result.report.groups
+    rows = Table(title=f"Pruned to {result.report.sparsity:.0%} sparsity", title_justify="left")
+    rows.add_column("model")
+    for header in ("mIoU", "AP", *(f"kept {group}" for group in groups)):
+        rows.add_column(header, justify="right")
+    for view in list(VIEWS)[1:]:
+        rows.add_column(f"mIoU / AP, {view}", justify="right")
+    for sensor, metrics in result.alone.items():
+        rows.add_row(f"{sensor} alone", *_metrics(metrics), *[""] * (len(groups) + 2))
+    shares = {"dense": ["1.000"] * len(groups), "pruned": [f"{total.kept:.3f}" for total in groups.values()]}
+    for name, views in (("dense", result.dense), ("pruned", result.pruned)):
+        both, *dropped = (_metrics(metrics) for metrics in views.values())
+        rows.add_row(name, *both, *shares[name], *(" / ".join(each) for each in dropped))
+    return rows
+
+
+def _metrics(values: dict[str, float]) -> tuple[str, str]:
+    return f"{values['miou']:.3f}", f"{values['ap']:.3f}"
+
+
+if __name__ == "__main__":
+    from jsonargparse import auto_cli
+
+    Console().print(table(auto_cli(run, as_positional=False)))

@@ -142,8 +142,16 @@ def test_no_box_gives_empty_maps_and_no_label_no_box():
 
 
 def test_in_view_needs_the_front():
-    points = np.array([[10.0, 0, 0], [-10.0, 0, 0], [10.0, 20, 0]])
-    assert in_view(points, LEVEL.lidar_to_image(), (40, 100)).tolist() == [True, False, False]
+    points = np.array([[10.0, 0, 0], [-10.0, 0, 0], [10.0, 20, 0], [-0.1, -0.1, -0.1]])
+    inside = in_view(points, LEVEL.lidar_to_image(), (40, 100))
+    assert inside.tolist() == [True, False, False, False]
+
+
+def test_rectification_comes_after_the_lidar_to_camera_transform():
+    # 90 degrees about the camera's y axis: what is ahead at z = 10 comes to x = 10.
+    turned = Calibration(LEVEL.p2, np.array([[0.0, 0, 1], [0, 1, 0], [-1, 0, 0]]), AXES)
+    in_camera = turned.lidar_to_camera @ [10, 0, 0, 1]
+    np.testing.assert_allclose(in_camera, [10, 0, 0, 1], atol=1e-12)
 
 
 # Round trips and invariants.

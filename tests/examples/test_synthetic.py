@@ -232,13 +232,18 @@ def test_2d_boxes_are_the_clipped_extent_of_the_corners(frames):
             assert label.truncation == pytest.approx(1 - share, abs=0.05)
 
 
-def test_occlusion_follows_the_visible_share(root):
-    front = thing("Car", [10, 0, -1, 4, 1.8, 1.5, 0])
-    behind = thing("Car", [20, 0, -1, 4, 1.8, 1.5, 0])
-    _, hits = render(scene(front, behind), PROJECTION, IMAGE_SIZE, np.random.default_rng(0))
-    share = np.bincount(hits.owner[hits.owner >= 0], minlength=2) / hits.alone
-    assert share[0] == 1.0
-    assert share[1] < 0.3
+def test_hidden_objects_get_a_level_or_no_label(tmp_path, monkeypatch):
+    world = scene(
+        thing("Car", [10, 0, -1, 4, 1.8, 1.5, 0]),
+        thing("Pedestrian", [14, 0, -1.3, 0.6, 0.6, 0.8, 0]),  # wholly behind the first car
+        thing("Car", [20, 0, -1, 4, 1.8, 1.5, 0]),  # but for a strip above it
+        thing("Cyclist", [10, 4, -1, 0.6, 0.6, 1.7, 0]),
+    )
+    monkeypatch.setattr("examples.data.synthetic.random_scene", lambda *_: world)
+    root = generate(replace(CONFIG, num_train=1, num_val=0), tmp_path, num_workers=1)
+    labels = read_labels(frame_files(root, "000000").label)
+    levels = [(label.kind, label.occlusion) for label in labels]
+    assert levels == [("Car", 0), ("Car", 3), ("Cyclist", 0)]
 
 
 def test_every_box_marks_a_cell(frames):

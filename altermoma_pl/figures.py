@@ -75,7 +75,8 @@ def kept_per_layer(report: SparsityReport) -> Figure:
     handles = [
         Patch(color=colours[name], label=f"{name}: {total.kept:.3f}") for name, total in report.groups.items()
     ]
-    axes.legend(handles=handles, loc="lower right", fontsize=8)
+    axes.margins(y=0.01)
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=8)
     return figure
 
 

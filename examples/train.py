@@ -161,25 +161,26 @@ def _save(result: Result) -> None:
 
 
 def table(result: Result) -> Table:
-    """Dense against pruned: metrics with both sensors and with each dropped, and the kept shares."""
+    """Each sensor alone, dense and pruned, side by side: metrics, each sensor dropped, kept shares."""
     groups = result.report.groups
     rows = Table(title=f"Pruned to {result.report.sparsity:.0%} sparsity", title_justify="left")
-    rows.add_column("model")
-    for header in ("mIoU", "AP", *(f"kept {group}" for group in groups)):
+    rows.add_column("")
+    for header in (*(f"{sensor} alone" for sensor in result.alone), "dense", "pruned"):
         rows.add_column(header, justify="right")
-    for view in list(VIEWS)[1:]:
-        rows.add_column(f"mIoU / AP, {view}", justify="right")
-    for sensor, metrics in result.alone.items():
-        rows.add_row(f"{sensor} alone", *_metrics(metrics), *[""] * (len(groups) + 2))
-    shares = {"dense": ["1.000"] * len(groups), "pruned": [f"{total.kept:.3f}" for total in groups.values()]}
-    for name, views in (("dense", result.dense), ("pruned", result.pruned)):
-        both, *dropped = (_metrics(metrics) for metrics in views.values())
-        rows.add_row(name, *both, *shares[name], *(" / ".join(each) for each in dropped))
+    for view in VIEWS:
+        rows.add_section()
+        for key, name in (("miou", "mIoU"), ("ap", "AP")):
+            alone = [m[key] if view == "both" else None for m in result.alone.values()]
+            label = name if view == "both" else f"{name}, {view}"
+            rows.add_row(label, *map(_number, (*alone, result.dense[view][key], result.pruned[view][key])))
+    rows.add_section()
+    for group, total in groups.items():
+        rows.add_row(f"kept, {group}", *[""] * len(result.alone), _number(1.0), _number(total.kept))
     return rows
 
 
-def _metrics(values: dict[str, float]) -> tuple[str, str]:
-    return f"{values['miou']:.3f}", f"{values['ap']:.3f}"
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 import inspect
 import json
+import random
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -22,6 +24,28 @@ def concrete_subclasses(base):
         if not inspect.isabstract(cls) and cls.__module__.startswith("altermoma_pl"):
             found.add(cls)
     return sorted(found, key=lambda cls: cls.__name__)
+
+
+def snapshot(model):
+    """The bits of everything that a criterion must leave alone, by a readable name."""
+    state = {f"training {path}": module.training for path, module in model.named_modules()}
+    for name, parameter in model.named_parameters():
+        state[f"parameter {name}"] = _bits(parameter)
+        state[f"gradient {name}"] = None if parameter.grad is None else _bits(parameter.grad)
+        state[f"requires_grad {name}"] = parameter.requires_grad
+    for path, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            full = f"{path}.{name}" if path else name
+            state[f"buffer {full}"] = None if buffer is None else _bits(buffer)
+    state["rng torch"] = torch.get_rng_state().tolist()
+    state["rng random"] = random.getstate()
+    kind, keys, *rest = np.random.get_state()
+    state["rng numpy"] = (kind, keys.tolist(), *rest)
+    return state
+
+
+def _bits(tensor):
+    return str(tensor.dtype), tuple(tensor.shape), tensor.detach().contiguous().numpy().tobytes()
 
 
 def fill(model, start=1):

@@ -135,7 +135,9 @@ def test_bits_by_hand():
 
 
 @given(
-    st.dictionaries(st.text(min_size=1, max_size=3), st.lists(st.integers(0, 5), max_size=4), min_size=1, max_size=3),
+    st.dictionaries(
+        st.text(min_size=1, max_size=3), st.lists(st.integers(0, 5), max_size=4), min_size=1, max_size=3
+    ),
     st.integers(0, 2**31),
 )
 @settings(max_examples=80, deadline=None)

@@ -207,10 +207,19 @@ def test_wrong_types_are_named(patterns, message):
             {"camera": "camera"},
             "at least two modalities are needed to find what one makes redundant in another, got ['camera']",
         ),
-        ({"camera": "a", "shared": "b"}, "modality name 'shared' is not allowed: give a non-empty name other"),
-        ({"": "a", "lidar": "b"}, "modality name '' is not allowed: give a non-empty name other than 'shared'"),
+        (
+            {"camera": "a", "shared": "b"},
+            "modality name 'shared' is not allowed: give a non-empty name other",
+        ),
+        (
+            {"": "a", "lidar": "b"},
+            "modality name '' is not allowed: give a non-empty name other than 'shared'",
+        ),
         ({1: "a", "lidar": "b"}, "modality name 1 is not allowed"),
-        ({"camera": ["!a"], "lidar": "b"}, "modality 'camera' needs at least one pattern without '!', got ['!a']"),
+        (
+            {"camera": ["!a"], "lidar": "b"},
+            "modality 'camera' needs at least one pattern without '!', got ['!a']",
+        ),
         ({"camera": [], "lidar": "b"}, "modality 'camera' needs at least one pattern without '!', got []"),
     ],
 )
@@ -222,11 +231,27 @@ def test_wrong_values_are_named(patterns, message):
 @pytest.mark.parametrize(
     ("model", "patterns", "message"),
     [
-        (TwoTower(), "camra", "lidar: pattern 'camra' matches no parameter of TwoTower; did you mean 'camera'"),
-        (TwoTower(), ["lidar", "!lidar.9"], "lidar: pattern '!lidar.9' matches no parameter of TwoTower; did you"),
-        (Nested(TwoTower()), "lidar", "lidar: pattern 'lidar' matches no parameter of Nested; did you mean 'model.lidar'"),
+        (
+            TwoTower(),
+            "camra",
+            "lidar: pattern 'camra' matches no parameter of TwoTower; did you mean 'camera'",
+        ),
+        (
+            TwoTower(),
+            ["lidar", "!lidar.9"],
+            "lidar: pattern '!lidar.9' matches no parameter of TwoTower; did you",
+        ),
+        (
+            Nested(TwoTower()),
+            "lidar",
+            "lidar: pattern 'lidar' matches no parameter of Nested; did you mean 'model.lidar'",
+        ),
         (TwoTower(), "zzz", "lidar: pattern 'zzz' matches no parameter of TwoTower; did you mean 'camera'"),
-        (TwoTower(), ["lidar", "!lidar*"], "modality 'lidar' has no parameter: its patterns ['lidar', '!lidar*'] exclude"),
+        (
+            TwoTower(),
+            ["lidar", "!lidar*"],
+            "modality 'lidar' has no parameter: its patterns ['lidar', '!lidar*'] exclude",
+        ),
         (
             nn.Sequential(nn.LazyLinear(2)),
             "0",
@@ -322,9 +347,21 @@ def test_a_parameter_on_the_model_itself():
 @pytest.mark.parametrize(
     ("model", "patterns", "message"),
     [
-        (nn.LayerNorm(2), [], "nothing is prunable: the model has no trainable weight of a convolution, linear or"),
-        (nn.Linear(2, 2), ["!*"], "attention layer that the patterns leave; unfreeze it or add parameters by pattern"),
-        (TwoTower(), ["haed"], "prunable: pattern 'haed' matches no parameter of TwoTower; did you mean 'head'"),
+        (
+            nn.LayerNorm(2),
+            [],
+            "nothing is prunable: the model has no trainable weight of a convolution, linear or",
+        ),
+        (
+            nn.Linear(2, 2),
+            ["!*"],
+            "attention layer that the patterns leave; unfreeze it or add parameters by pattern",
+        ),
+        (
+            TwoTower(),
+            ["haed"],
+            "prunable: pattern 'haed' matches no parameter of TwoTower; did you mean 'head'",
+        ),
     ],
 )
 def test_nothing_prunable_is_explained(model, patterns, message):

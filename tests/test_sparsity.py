@@ -127,9 +127,7 @@ def reference(scores, sparsity, scope, within, min_density, groups, ties):
             return None
         rest = sorted(entry for name in names for entry in flat[name] if entry not in protected)
         chosen |= {key for _, key in protected + rest[: count - len(protected)]}
-    return {
-        name: [(name, i) in chosen for i in range(score.numel())] for name, score in scores.items()
-    }
+    return {name: [(name, i) in chosen for i in range(score.numel())] for name, score in scores.items()}
 
 
 @st.composite
@@ -255,7 +253,10 @@ ERRORS = [
         {"tie_breaker": {n: torch.ones(4) for n in "abc"}},
         "score of 'a' has shape (2, 2), its tie breaker (4,)",
     ),
-    ({"tie_breaker": {"a": torch.ones(2, 2)}}, "scores and tie breakers name different parameters: ['b', 'c']"),
+    (
+        {"tie_breaker": {"a": torch.ones(2, 2)}},
+        "scores and tie breakers name different parameters: ['b', 'c']",
+    ),
     (
         {"scores": SCORES | {"c": torch.tensor([math.inf, math.nan])}},
         "score of 'c' is not finite at 2 weights",

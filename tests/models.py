@@ -233,6 +233,9 @@ class Dead(TwoTower):
         scatter(self)
 
 
+INTERLEAVED = {"camera": ["towers.camera"], "lidar": ["towers.lidar", "!towers.lidar.fusion_*"]}
+
+
 class Interleaved(nn.Module):
     """Towers in a ModuleDict that is iterated and never called, fusion blocks inside the LiDAR stream."""
 
@@ -250,12 +253,7 @@ class Interleaved(nn.Module):
         for name, tower in self.towers.items():
             features[name] = tower(image) if name == "camera" else tower["stage_0"](points)
         fused = self.towers["lidar"]["fusion_0"](torch.cat([features["camera"], features["lidar"]], -1))
-        return self.head(self.towers["lidar"]["stage_1"](fused))
-
-    modalities = {
-        "camera": ["towers.camera"],
-        "lidar": ["towers.lidar", "!towers.lidar.fusion_*"],
-    }
+        return self.head(self.towers["lidar"]["stage_1"](fused) + fused)
 
 
 class Nested(nn.Module):

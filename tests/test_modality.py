@@ -9,6 +9,7 @@ from altermoma_pl import Calibration, Modalities, modality
 from altermoma_pl.modality import check_prunable, group_of, is_constant, prunable, selects
 from tests.models import (
     BRANCHES,
+    INTERLEAVED,
     Aliased,
     Compiled,
     Dead,
@@ -87,7 +88,7 @@ def test_an_excluding_pattern_wins_wherever_it_stands():
 
 
 def test_fusion_blocks_inside_the_lidar_stream_are_shared():
-    groups = Modalities(Interleaved.modalities).resolve(Interleaved())
+    groups = Modalities(INTERLEAVED).resolve(Interleaved())
     assert "towers.lidar.stage_1.weight" in groups["lidar"]
     assert groups["shared"] == (
         "towers.lidar.fusion_0.weight",

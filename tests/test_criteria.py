@@ -257,7 +257,9 @@ def test_a_model_that_changes_its_own_state_is_brought_back(criterion):
 
 def test_magnitude_by_hand():
     oracle = ORACLES["magnitude"]
-    model = nn.ModuleDict({"camera": linear(ORACLES["_net_A"]["W1"]), "lidar": linear(ORACLES["_net_A"]["W2"])})
+    model = nn.ModuleDict(
+        {"camera": linear(ORACLES["_net_A"]["W1"]), "lidar": linear(ORACLES["_net_A"]["W2"])}
+    )
     scores = Magnitude().score(calibration(model))
     assert scores["camera.weight"].tolist() == oracle["W1"]
     assert scores["lidar.weight"].tolist() == oracle["W2"]
@@ -319,8 +321,10 @@ def constant(value):
             "the loss of probe batch 0 has no gradient: it is detached, computed without gradients, or depends on",
         ),
         (
-            lambda model, batch: (model(*batch[:2]).sum() * 0 + 1e-45).sqrt().sqrt() * 0
-            + model.camera[0].weight.sub(model.camera[0].weight.detach()).abs().sqrt().sum(),
+            lambda model, batch: (
+                (model(*batch[:2]).sum() * 0 + 1e-45).sqrt().sqrt() * 0
+                + model.camera[0].weight.sub(model.camera[0].weight.detach()).abs().sqrt().sum()
+            ),
             ValueError,
             "the gradient of 'camera.0.weight' on probe batch 0 is not finite",
         ),
@@ -343,7 +347,10 @@ def test_a_loss_of_one_element_is_a_scalar():
     ("changes", "message"),
     [
         ({"probe_batches": []}, "the probe loader gives no batch: at least one is needed to score weights"),
-        ({"training_batches": []}, "the training loader gives no batch: at least one is needed to score weights"),
+        (
+            {"training_batches": []},
+            "the training loader gives no batch: at least one is needed to score weights",
+        ),
     ],
 )
 def test_an_empty_loader_is_an_error(changes, message):
@@ -360,11 +367,15 @@ def test_no_fresh_probe_batch_left_is_an_error():
 
 def test_a_short_loader_is_used_with_a_warning():
     criterion = AlterEva(**SMALL | {"num_reactivation_steps": 9})
-    with pytest.warns(UserWarning, match="^9 training batches were asked for, the loader has 4: scoring with"):
+    with pytest.warns(
+        UserWarning, match="^9 training batches were asked for, the loader has 4: scoring with"
+    ):
         nine = criterion.score(calibration())
     four = AlterEva(**SMALL).score(calibration())
     assert all(torch.equal(nine[name], four[name]) for name in four)
-    with pytest.warns(UserWarning, match="^3 probe batches were asked for, the loader has 2: scoring with those"):
+    with pytest.warns(
+        UserWarning, match="^3 probe batches were asked for, the loader has 2: scoring with those"
+    ):
         AlterEva(**SMALL).score(calibration(probe_batches=random_batches(2)))
 
 

@@ -10,7 +10,6 @@ from altermoma_pl import Cubic, Exponential, Linear, OneShot, Schedule
 from altermoma_pl import schedules as module
 from tests.models import concrete_subclasses
 
-
 SCHEDULES = concrete_subclasses(Schedule)
 GRADUAL = [Linear, Cubic, Exponential]
 

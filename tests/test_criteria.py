@@ -318,7 +318,7 @@ def constant(value):
         (
             constant(torch.tensor(1.0)),
             ValueError,
-            "the loss of probe batch 0 has no gradient: it is detached, computed without gradients, or depends on",
+            "the loss of probe batch 0 has no gradient: it is detached, computed without gradients",
         ),
         (
             lambda model, batch: (

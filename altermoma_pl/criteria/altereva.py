@@ -234,8 +234,9 @@ class AlterEva(Criterion):
         parts: dict[str, list[Tensor]] = {name: [] for name in components.deci}
         for modality, reri in components.reri.items():
             divisors = _group_divisors(reri, components.group_of, normalization, masks)
-            for group, divisor in divisors.items():
-                if divisor == 0:
+            totals = _group_divisors(reri, components.group_of, "sum", masks)
+            for group, total in totals.items():
+                if total == 0:
                     warnings.warn(
                         f"ReRI of the group {group!r} with {modality!r} deactivated is 0: "
                         f"nothing is redundant there, or nothing was reactivated",

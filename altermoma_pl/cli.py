@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from altermoma_pl import figures
+import altermoma_pl.figures as figures
 from altermoma_pl.callback import AlterMOMACallback
 from altermoma_pl.callback.state import PruningState
 

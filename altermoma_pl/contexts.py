@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 _NORMS = (nn.modules.batchnorm._NormBase,)
-_DROPOUTS = (nn.modules.dropout._DropoutNd,)
+_DROPOUTS = (nn.modules.dropout._DropoutNd, nn.MultiheadAttention)
 # Stochastic depth has no class in torch; these are the names that it goes by.
 _STOCHASTIC_DEPTH = ("DropPath", "StochasticDepth", "DropBlock")
 
@@ -127,17 +128,18 @@ def _remember(value: Any, depth: int) -> Callable[[], None]:
     """How to bring back the content of a tensor, or of a container to the given depth.
 
     The same objects are filled again, because others may hold a reference to them. Only exact
-    builtins: a subclass may have a meaning of its own.
+    builtins, and the ordered dictionary that modules of older torch keep their parameters in: any
+    other subclass may have a meaning of its own.
     """
     if isinstance(value, Tensor):
         return _remember_tensor(value)
-    if type(value) is dict:
+    if type(value) in (dict, OrderedDict):
         items = dict(value)
         inner = _remember_all(items.values(), depth)
 
         def bring_back_dict() -> None:
-            for key in value.keys() - items.keys():
-                del value[key]
+            if list(value) != list(items):  # the order counts: it is that of named_parameters()
+                value.clear()
             value.update(items)
             inner()
 
@@ -176,10 +178,16 @@ def _remember_tensor(tensor: Tensor) -> Callable[[], None]:
     def bring_back() -> None:
         if tensor.data_ptr() != storage.data_ptr():
             tensor.data = storage
-        if not torch.equal(storage, content):
+        if not _same_bits(storage, content):
             storage.copy_(content)
 
     return bring_back
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Unlike `torch.equal`, NaN is the same as itself and -0 is not the same as 0."""
+    first, second = (t.contiguous().view(-1).view(torch.uint8) for t in (one, other))
+    return torch.equal(first, second)
 
 
 def _nothing() -> None:

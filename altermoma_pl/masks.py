@@ -91,7 +91,7 @@ class Masks(Mapping[str, Tensor]):
         """Set the pruned weights of `model` to zero, in place."""
         parameters = dict(model.named_parameters())
         for name, mask in self.items():
-            parameters[name].mul_(mask)
+            parameters[name].masked_fill_(~mask, 0)  # not a product: infinity times 0 is NaN
 
     @torch.no_grad()
     def mask_gradients_(self, model: nn.Module) -> None:
@@ -100,7 +100,7 @@ class Masks(Mapping[str, Tensor]):
         for name, mask in self.items():
             gradient = parameters[name].grad
             if gradient is not None:
-                gradient.mul_(mask)
+                gradient.masked_fill_(~mask, 0)
 
     def to(self, model: nn.Module) -> Masks:
         """The same masks, each on the device of its parameter in `model`."""

@@ -71,7 +71,7 @@ class Modalities(Mapping[str, tuple[str, ...]]):
         """Assign every parameter of `model` to one modality or to `"shared"`.
 
         A parameter that several modules share is counted once, under the first of its names, and
-        matched under all of them. Geometry constants (see `is_constant`) are left out.
+        matched, or taken away, under each of them. Geometry constants (see `is_constant`) are left out.
 
         Returns:
             Group name -> parameter names in the model's order: the modalities as given, then
@@ -87,7 +87,7 @@ class Modalities(Mapping[str, tuple[str, ...]]):
                 _check_matches(name, pattern, aliases, model)
         groups: dict[str, list[str]] = {name: [] for name in (*self._patterns, SHARED)}
         for parameter, names in aliases.items():
-            owners = [m for m, own in self._patterns.items() if any(selects(own, n) for n in names)]
+            owners = [m for m, own in self._patterns.items() if selects(own, *names)]
             if len(owners) > 1:
                 raise ValueError(
                     f"parameter {parameter!r} belongs to {len(owners)} modalities, "
@@ -155,10 +155,10 @@ def group_of(groups: Mapping[str, Iterable[str]]) -> dict[str, str]:
     return {name: group for group, names in groups.items() for name in names}
 
 
-def selects(patterns: Sequence[str], name: str) -> bool:
-    """Whether a pattern takes the parameter `name` and no `!` pattern takes it away."""
-    taken = any(_matches(p, name) for p in patterns if not p.startswith("!"))
-    return taken and not any(_matches(p[1:], name) for p in patterns if p.startswith("!"))
+def selects(patterns: Sequence[str], *names: str) -> bool:
+    """Whether a pattern takes the parameter by one of its names, and no `!` pattern takes it away."""
+    taken = any(_matches(p, name) for p in patterns if not p.startswith("!") for name in names)
+    return taken and not any(_matches(p[1:], n) for p in patterns if p.startswith("!") for n in names)
 
 
 def is_constant(module: nn.Module, leaf: str, parameter: nn.Parameter) -> bool:
@@ -202,11 +202,18 @@ def _matches(pattern: str, name: str) -> bool:
     return any(fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
 
 
+def _modules_above(name: str) -> Iterator[str]:
+    parts = name.split(".")
+    return (".".join(parts[:end]) for end in range(1, len(parts)))
+
+
 def _check_matches(owner: str, pattern: str, aliases: Mapping[str, Iterable[str]], model: nn.Module) -> None:
     glob = pattern.removeprefix("!")
-    if any(_matches(glob, name) for names in aliases.values() for name in names):
+    learned = [name.replace(_COMPILED, "") for names in aliases.values() for name in names]
+    if any(_matches(glob, name) for name in learned):
         return
-    paths = [path.replace(_COMPILED, "") for path, _ in model.named_modules() if path]
+    # Only what would match: a module may hold nothing that is learned.
+    paths = list(dict.fromkeys(path for name in learned for path in _modules_above(name))) or learned
     close = difflib.get_close_matches(glob, paths, n=3, cutoff=0.4) or paths[:3]
     raise ValueError(
         f"{owner}: pattern {pattern!r} matches no parameter of {type(model).__name__}; "

@@ -42,16 +42,18 @@ def top_k(
 
     Raises:
         ValueError: If a score is not finite, a shape differs, the sparsity is outside [0, 1) or below
-            what `within` prunes already, an unknown group is named, or the floors need more weights
+            what `within` prunes already, a group is unknown or missing, or the floors need more weights
             than the target keeps.
     """
     _check_scores(scores, within)
+    if tie_breaker is not None:
+        _check_alike(scores, tie_breaker, "tie breaker")
     check_density(min_density)
     keep: dict[str, Tensor] = {}
     for label, names, share in _scopes(scores, sparsity, scope, groups):
         candidates = [within[n] if within else torch.ones_like(scores[n], dtype=torch.bool) for n in names]
         values = [scores[n] for n in names]
-        ties = [tie_breaker[n] for n in names] if tie_breaker else None
+        ties = [tie_breaker[n] for n in names] if tie_breaker is not None else None
         kept = _keep_best(label, values, candidates, share, min_density, ties)
         keep.update(zip(names, kept, strict=True))
     return Masks({name: keep[name] for name in scores})
@@ -72,18 +74,24 @@ def check_density(min_density: float) -> None:
 def _check_scores(scores: Mapping[str, Tensor], within: Masks | None) -> None:
     if not scores:
         raise ValueError("there are no scores: nothing to rank")
-    if within is not None and within.keys() != scores.keys():
-        difference = sorted(within.keys() ^ scores.keys())
-        raise ValueError(f"scores and masks name different parameters: {difference}")
+    if within is not None:
+        _check_alike(scores, within, "mask")
     for name, score in scores.items():
-        if within is not None and within[name].shape != score.shape:
-            raise ValueError(
-                f"score of {name!r} has shape {tuple(score.shape)}, its mask {tuple(within[name].shape)}"
-            )
         live = score if within is None else score[within[name]]
         if not torch.isfinite(live).all():
             raise ValueError(
                 f"score of {name!r} is not finite at {int((~torch.isfinite(live)).sum())} weights"
+            )
+
+
+def _check_alike(scores: Mapping[str, Tensor], others: Mapping[str, Tensor], what: str) -> None:
+    if others.keys() != scores.keys():
+        difference = sorted(others.keys() ^ scores.keys())
+        raise ValueError(f"scores and {what}s name different parameters: {difference}")
+    for name, score in scores.items():
+        if others[name].shape != score.shape:
+            raise ValueError(
+                f"score of {name!r} has shape {tuple(score.shape)}, its {what} {tuple(others[name].shape)}"
             )
 
 
@@ -114,6 +122,9 @@ def _modality_scopes(
 ) -> Iterator[tuple[str, list[str], float]]:
     if groups is None:
         raise ValueError("the scope 'modality' needs the group of each parameter in `groups`")
+    missing = [name for name in scores if name not in groups]
+    if missing:
+        raise ValueError(f"`groups` names no group for {missing}: each parameter with scores needs one")
     members: dict[str, list[str]] = {}
     for name in scores:
         members.setdefault(groups[name], []).append(name)

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 
-from altermoma_pl import figures
+import altermoma_pl.figures as figures
 from altermoma_pl.callback.state import PruningState
 from altermoma_pl.criteria import Components
 

@@ -46,14 +46,14 @@ class Enforcement:
     def hold_(self) -> None:
         """Set the pruned weights to zero."""
         for parameter, mask in self._pairs:
-            parameter.mul_(mask)
+            parameter.masked_fill_(~mask, 0)
 
     @torch.no_grad()
     def hold_gradients_(self) -> None:
         """Set the gradients of pruned weights to zero, so that they take no part in clipping by norm."""
         for parameter, mask in self._pairs:
             if parameter.grad is not None:
-                parameter.grad.mul_(mask)
+                parameter.grad.masked_fill_(~mask, 0)
 
     def release(self) -> None:
         """Remove the hooks."""
@@ -72,4 +72,4 @@ class Enforcement:
                 # Not optimizer.state[...]: that would create an entry for a parameter that has none.
                 for moment in optimizer.state.get(parameter, {}).values():
                     if isinstance(moment, Tensor) and moment.shape == parameter.shape:
-                        moment.mul_(mask)
+                        moment.masked_fill_(~mask, 0)

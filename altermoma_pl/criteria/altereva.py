@@ -86,9 +86,9 @@ class AlterEva(Criterion):
     normalization: Normalization = "none"
     num_probe_batches: int = 64
     num_reactivation_steps: int = 100
-    learning_rate: float = 1e-3
-    optimizer: Literal["sgd", "adam"] = "sgd"
-    gradient_clip: float | None = 10.0
+    learning_rate: float = 1e-4
+    optimizer: Literal["sgd", "adam"] = "adam"
+    gradient_clip: float | None = None
     noise: Literal["off", "as_is"] = "off"
     second_probe: Literal["same", "fresh"] = "same"
 
@@ -182,10 +182,7 @@ class AlterEva(Criterion):
         Raises:
             ValueError: If DeCI of a group is zero.
         """
-        total = _group_divisors(components.deci, components.group_of, "sum", masks)
-        for group, amount in total.items():
-            if amount == 0:
-                raise ValueError(f"DeCI of the group {group!r} is 0: the loss depends on none of its weights")
+        _check_contribution(components, masks)
         redundancy = self._redundancy(components, masks)
         lead = _group_divisors(components.deci, components.group_of, self.normalization, masks)
         means = _group_divisors(components.deci, components.group_of, "mean", masks)
@@ -234,8 +231,9 @@ class AlterEva(Criterion):
         parts: dict[str, list[Tensor]] = {name: [] for name in components.deci}
         for modality, reri in components.reri.items():
             divisors = _group_divisors(reri, components.group_of, normalization, masks)
-            for group, divisor in divisors.items():
-                if divisor == 0:
+            totals = _group_divisors(reri, components.group_of, "sum", masks)
+            for group, total in totals.items():
+                if total == 0:
                     warnings.warn(
                         f"ReRI of the group {group!r} with {modality!r} deactivated is 0: "
                         f"nothing is redundant there, or nothing was reactivated",
@@ -244,6 +242,18 @@ class AlterEva(Criterion):
             for name, r in reri.items():
                 parts[name].append(r / (divisors[components.group_of[name]] or 1.0))
         return {name: torch.stack(each).mean(0) for name, each in parts.items()}
+
+
+def _check_contribution(components: Components, masks: Masks | None) -> None:
+    total = _group_divisors(components.deci, components.group_of, "sum", masks)
+    for group, amount in total.items():
+        names = [name for name, own in components.group_of.items() if own == group]
+        live = masks is None or any(masks[name].any() for name in names)
+        if live and amount == 0:
+            raise ValueError(
+                f"DeCI of the group {group!r} is 0: the loss depends on none of its weights; if earlier "
+                f"pruning emptied a layer and cut the group off, start again with min_density > 0"
+            )
 
 
 def _times_weight(gradients: Gradients, calibration: Calibration) -> dict[str, Tensor]:

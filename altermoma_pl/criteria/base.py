@@ -44,7 +44,8 @@ class Calibration:
         progress: Called with a phase, the number of its batches done and their total if known.
 
     Raises:
-        ValueError: If a pattern matches nothing, modalities overlap, or a modality has no weight to prune.
+        ValueError: If a pattern matches nothing, modalities overlap, a modality has no weight to prune,
+            or the masks are not those of the prunable weights.
     """
 
     model: nn.Module
@@ -63,6 +64,9 @@ class Calibration:
         check_prunable(self.groups, self.weights)
         if self.masks is not None:
             self.masks.check_fits(self.model)
+            if self.masks.keys() != self.weights.keys():
+                difference = sorted(self.masks.keys() ^ self.weights.keys())
+                raise ValueError(f"masks and prunable weights differ in {difference}: each needs one mask")
 
     @cached_property
     def groups(self) -> dict[str, tuple[str, ...]]:

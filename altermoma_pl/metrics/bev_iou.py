@@ -72,8 +72,7 @@ class BEVIoU(Metric):
         """
         if probabilities.ndim != 4 or probabilities.shape[1] != self.num_classes:
             raise ValueError(
-                f"probabilities must be (B, {self.num_classes}, nx, ny), "
-                f"got {tuple(probabilities.shape)}."
+                f"probabilities must be (B, {self.num_classes}, nx, ny), got {tuple(probabilities.shape)}."
             )
         if probabilities.shape != target.shape:
             raise ValueError(

@@ -137,9 +137,7 @@ class CentreDistanceAP(Metric):
 
     def _check(self, side: str, centres: Tensor, classes: Tensor, others: Sequence[Tensor]) -> None:
         if centres.ndim != 2 or centres.shape[1] < 2:
-            raise ValueError(
-                f"Centres of the {side} must be (N, 2 or more), got {tuple(centres.shape)}."
-            )
+            raise ValueError(f"Centres of the {side} must be (N, 2 or more), got {tuple(centres.shape)}.")
         shapes = [tuple(tensor.shape) for tensor in (classes, *others)]
         if any(shape != (len(centres),) for shape in shapes):
             raise ValueError(

@@ -19,6 +19,4 @@ class BEVGrid:
     @property
     def shape(self) -> tuple[int, int]:
         """Number of cells along x and y."""
-        return round((self.x_max - self.x_min) / self.cell), round(
-            (self.y_max - self.y_min) / self.cell
-        )
+        return round((self.x_max - self.x_min) / self.cell), round((self.y_max - self.y_min) / self.cell)

@@ -7,6 +7,7 @@ fine-tuning inside `Trainer.fit`, and compares dense with pruned. Checkpoints an
 """
 
 import argparse
+import logging
 import sys
 import time
 import warnings
@@ -24,6 +25,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.9)
     parser.add_argument("--output-dir", default="runs/quickstart")
     options = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")  # of torch, by Lightning
     started = time.perf_counter()
     pruning = AlterMOMACallback(

@@ -132,7 +132,9 @@ def run(
             train(sensor, model, num_epochs, [])
             alone[sensor] = evaluate(model.model, data.val_dataloader())
             backbones[sensor] = str(folder / f"{sensor}.ckpt")
-        train("dense", module(backbones=backbones, learning_rate=learning_rate), epochs.fusion, [])
+        # The LiDAR model's decoder and heads: what it has learned of the scene need not be learned anew.
+        fused = module(backbones=backbones, heads=backbones["lidar"], learning_rate=learning_rate)
+        train("dense", fused, epochs.fusion, [])
         dense = str(folder / "dense.ckpt")
     model = module(weights=dense, learning_rate=pruning_learning_rate)
     dense_metrics = _evaluate(model, data)

@@ -15,9 +15,7 @@ class Batch(NamedTuple):
     """
 
     image: Tensor  # (B, 3, H, W) uint8, RGB
-    lidar_to_image: (
-        Tensor  # (B, 3, 4) float32: [x y z 1] -> [u*d, v*d, d], pixels of `image`, d = depth
-    )
+    lidar_to_image: Tensor  # (B, 3, 4) float32: [x y z 1] -> [u*d, v*d, d], pixels of `image`, d = depth
     points: Tensor  # (N, 4) float32: x, y, z, reflectance in [0, 1]
     point_frame: Tensor  # (N,) int64 in [0, B)
     boxes: Tensor  # (M, 7) float32: x, y, z of the CENTRE, length, width, height, yaw (0 = +x, ccw)

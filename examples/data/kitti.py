@@ -102,14 +102,11 @@ def read_split(root: Path, split: str) -> list[str]:
     """Frame ids of `ImageSets/<split>.txt`, in file order."""
     if not root.is_dir():
         raise FileNotFoundError(
-            f"KITTI root {root} is not a folder; "
-            "give the folder that holds training/ and ImageSets/"
+            f"KITTI root {root} is not a folder; give the folder that holds training/ and ImageSets/"
         )
     path = root / "ImageSets" / f"{split}.txt"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"split file {path} is missing; write one frame id per line, e.g. 000123"
-        )
+        raise FileNotFoundError(f"split file {path} is missing; write one frame id per line, e.g. 000123")
     frames = path.read_text().split()
     if not frames:
         raise ValueError(f"split file {path} is empty; write one frame id per line, e.g. 000123")
@@ -155,9 +152,7 @@ def read_calib(path: Path) -> Calibration:
         entries[name] = np.array(_numbers(fields, f"{path}:{number}: {name}"))
     missing = [name for name in _CALIB_SIZES if name not in entries]
     if missing:
-        raise ValueError(
-            f"{path}: no entry {', '.join(missing)}; needed are {', '.join(_CALIB_SIZES)}"
-        )
+        raise ValueError(f"{path}: no entry {', '.join(missing)}; needed are {', '.join(_CALIB_SIZES)}")
     return Calibration(
         p2=entries["P2"].reshape(3, 4),
         r0_rect=entries["R0_rect"].reshape(3, 3),
@@ -190,9 +185,7 @@ def read_labels(path: Path) -> list[Label]:
     """All lines of a label file: ground truth (15 columns) or detections (16, with a score)."""
     lines = path.read_text().splitlines()
     return [
-        _parse_label(line, f"{path}:{number}")
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
+        _parse_label(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line.strip()
     ]
 
 
@@ -252,8 +245,7 @@ def read_points(path: Path) -> NDArray[np.float32]:
     size = path.stat().st_size
     if size % _POINT_BYTES:
         raise ValueError(
-            f"{path}: {size} bytes are no whole number of points; "
-            f"a point is 4 float32 = {_POINT_BYTES} bytes"
+            f"{path}: {size} bytes are no whole number of points; a point is 4 float32 = {_POINT_BYTES} bytes"
         )
     return np.fromfile(path, dtype=np.float32).reshape(-1, 4)
 
@@ -263,9 +255,7 @@ def write_points(path: Path, points: Floats) -> None:
     points.astype(np.float32).tofile(path)
 
 
-def read_image(
-    path: Path, image_size: tuple[int, int]
-) -> tuple[NDArray[np.uint8], tuple[float, float]]:
+def read_image(path: Path, image_size: tuple[int, int]) -> tuple[NDArray[np.uint8], tuple[float, float]]:
     """RGB image (height, width, 3) resized to `image_size`, and the scale (x, y) of the resize."""
     height, width = image_size
     with Image.open(path) as file:

@@ -67,9 +67,7 @@ class Road:
     def raised(self, lateral: Floats) -> Bools:
         """Whether the ground is a curb's height above the road."""
         left, right = self.walks
-        return ((lateral > self.half_width) & (left > 0)) | (
-            (lateral < -self.half_width) & (right > 0)
-        )
+        return ((lateral > self.half_width) & (left > 0)) | ((lateral < -self.half_width) & (right > 0))
 
     def on_sidewalk(self, lateral: Floats) -> Bools:
         """Whether a sidewalk is there."""
@@ -197,9 +195,7 @@ def _fits(box: Floats, others: list[Floats], grid: BEVGrid, building: bool) -> b
     seen = grid.x_min <= x < grid.x_max and grid.y_min <= y < grid.y_max
     seen = seen and abs(y) < _VIEW_SLOPE * x
     extent = _extent(box)
-    apart = all(
-        np.any(np.abs(box[:2] - other[:2]) > extent + _extent(other) + _SPACING) for other in others
-    )
+    apart = all(np.any(np.abs(box[:2] - other[:2]) > extent + _extent(other) + _SPACING) for other in others)
     return apart and (building or seen)
 
 

@@ -145,9 +145,7 @@ def write_frame(root: Path, config: SyntheticConfig, index: int) -> None:
     write_points(folder / "velodyne" / f"{frame}.bin", points)
     write_calib(folder / "calib" / f"{frame}.txt", calibration)
     write_labels(folder / "label_2" / f"{frame}.txt", labels)
-    np.savez_compressed(
-        folder / "map" / f"{frame}.npz", static=static_maps(scene.road, config.grid)
-    )
+    np.savez_compressed(folder / "map" / f"{frame}.npz", static=static_maps(scene.road, config.grid))
 
 
 def synthetic_calibration(image_size: tuple[int, int]) -> Calibration:

@@ -26,9 +26,7 @@ class CameraBackbone(nn.Module):
         widths = (size.camera_stem, *size.camera_widths)
         self.stages = nn.ModuleList(
             residual_stage(inputs, outputs, blocks, stride=2)
-            for inputs, outputs, blocks in zip(
-                widths[:-1], widths[1:], size.camera_blocks, strict=True
-            )
+            for inputs, outputs, blocks in zip(widths[:-1], widths[1:], size.camera_blocks, strict=True)
         )
 
     def forward(self, image: Tensor) -> list[Tensor]:

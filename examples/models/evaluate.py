@@ -36,9 +36,7 @@ def drop_sensor(batch: Batch, sensor: str) -> Batch:
     raise ValueError(f"The sensor to drop must be one of {SENSORS} or None, got {sensor!r}.")
 
 
-def evaluate(
-    model: FusionModel, batches: Iterable[Batch], drop: str | None = None
-) -> dict[str, float]:
+def evaluate(model: FusionModel, batches: Iterable[Batch], drop: str | None = None) -> dict[str, float]:
     """Evaluate in eval mode and without gradients; the train flags are put back.
 
     Args:

@@ -50,9 +50,7 @@ class Pillars(nn.Module):
         cells = to_cells(points[:, :2], self.grid, self.per_cell)
         index, inside = flat_index(cells, point_frame, self.shape)
         points, cells, index = points[inside], cells[inside], index[inside]
-        features = functional.relu(
-            self.norm(self.linear(self.describe(points, cells, index, batch)))
-        )
+        features = functional.relu(self.norm(self.linear(self.describe(points, cells, index, batch))))
         pillars = features.new_zeros(batch * nx * ny, features.shape[1])
         # 0 is the minimum of a ReLU, so starting from zeros does not change the maximum.
         pillars = pillars.scatter_reduce(0, index[:, None].expand_as(features), features, "amax")

@@ -10,11 +10,10 @@ from examples.models.heads import ObjectMaps, encode_boxes
 
 MIN_RADIUS = 2.0  # cells
 REGRESSION_WEIGHT = 0.25
+MAP_POSITIVE_WEIGHT = 3.0
 
 
-def heatmap_target(
-    cells: Tensor, radius: Tensor, index: Tensor, shape: tuple[int, int, int]
-) -> Tensor:
+def heatmap_target(cells: Tensor, radius: Tensor, index: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """Gaussian peaks, 1 at the cells of the centres.
 
     Args:
@@ -87,5 +86,10 @@ def object_loss(
 
 
 def map_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Binary cross-entropy of the maps, mean over cells and classes: (B, S, nx, ny) twice."""
-    return functional.binary_cross_entropy_with_logits(logits.float(), target.float())
+    """Binary cross-entropy of the maps, mean over cells and classes: (B, S, nx, ny) twice.
+
+    Positive cells weigh more: most classes cover little, and cells found too many cost less IoU than
+    cells never found.
+    """
+    weight = logits.new_full((), MAP_POSITIVE_WEIGHT, dtype=torch.float32)
+    return functional.binary_cross_entropy_with_logits(logits.float(), target.float(), pos_weight=weight)

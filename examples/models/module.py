@@ -14,7 +14,7 @@ from examples.data.batch import CLASSES, Batch
 from examples.grid import BEVGrid
 from examples.models.evaluate import update_metrics
 from examples.models.fusion import DEFAULT_GRID, SENSORS, FusionModel, FusionOutput
-from examples.models.pretrained import load_encoder, load_model
+from examples.models.pretrained import load_encoder, load_heads, load_model
 
 WARM_UP_SHARE = 0.1
 
@@ -33,6 +33,7 @@ class FusionModule(LightningModule):
         learning_rate: Peak learning rate, after a linear warm-up and before a cosine decay to 0.
         weight_decay: Of AdamW.
         backbones: Checkpoint of a single-sensor run per sensor, from which the encoder is loaded.
+        heads: Checkpoint of a single-sensor run, from which decoder and heads are loaded.
         weights: Checkpoint of a run of the same model, from which all weights are loaded.
         image_size: (height, width) of the images, multiples of 16.
         grid: Cells of the bird's-eye view.
@@ -50,6 +51,7 @@ class FusionModule(LightningModule):
         learning_rate: float = 1e-3,
         weight_decay: float = 0.01,
         backbones: dict[str, str] | None = None,
+        heads: str | None = None,
         weights: str | None = None,
         image_size: tuple[int, int] = (96, 320),
         grid: BEVGrid = DEFAULT_GRID,
@@ -65,13 +67,13 @@ class FusionModule(LightningModule):
         self.model = FusionModel(sensors, size, len(CLASSES), num_map_classes, image_size, grid)
         for sensor, path in (backbones or {}).items():
             load_encoder(self.model, sensor, path)
+        if heads is not None:
+            load_heads(self.model, heads)
         if weights is not None:
             load_model(self.model, weights)
         self.metrics = nn.ModuleDict(
             {
-                stage: nn.ModuleDict(
-                    {"miou": BEVIoU(num_map_classes), "ap": CentreDistanceAP(len(CLASSES))}
-                )
+                stage: nn.ModuleDict({"miou": BEVIoU(num_map_classes), "ap": CentreDistanceAP(len(CLASSES))})
                 for stage in ("val", "test")
             }
         )

@@ -25,6 +25,21 @@ def load_encoder(model: FusionModel, sensor: str, path: str | Path) -> None:
     _load(model.encoders[sensor], f"encoders.{sensor}", path, advice)
 
 
+def load_heads(model: FusionModel, path: str | Path) -> None:
+    """Load `decoder` and `heads` from a checkpoint of `FusionModule`; the rest stays as it is.
+
+    Args:
+        model: The model to load into.
+        path: A Lightning checkpoint, of a run with any sensors.
+
+    Raises:
+        ValueError: The checkpoint's decoder or heads do not fit.
+    """
+    advice = "It must come from a run with the same `size`, `grid` and map classes."
+    _load(model.decoder, "decoder", path, advice)
+    _load(model.heads, "heads", path, advice)
+
+
 def load_model(model: FusionModel, path: str | Path) -> None:
     """Load all weights from a checkpoint of `FusionModule`.
 

@@ -130,6 +130,24 @@ def test_refused_backbones(tmp_path):
         make_module(backbones={"camera": path})
 
 
+def test_decoder_and_heads_come_from_a_single_sensor_checkpoint(tmp_path):
+    lidar, path = checkpoint(tmp_path, "lidar")
+    both = make_module(heads=path)
+    for part in ("decoder", "heads"):
+        state = getattr(both.model, part).state_dict()
+        for name, value in getattr(lidar.model, part).state_dict().items():
+            assert torch.equal(state[name], value)
+
+
+def test_weights_come_from_a_checkpoint_of_the_same_model(tmp_path):
+    camera, path = checkpoint(tmp_path, "camera")
+    again = make_module(sensors=["camera"], weights=path)
+    for name, value in camera.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], value)
+    with pytest.raises(ValueError, match=r"does not fit the model: missing \['encoders\.lidar"):
+        make_module(weights=path)
+
+
 def test_refused_map_classes():
     message = "map_classes must name 2 classes (num_map_classes), got ['road']."
     with pytest.raises(ValueError, match=re.escape(message)):

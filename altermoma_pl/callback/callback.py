@@ -7,11 +7,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
 from altermoma_pl.callback.announcement import announce, show_figures
-from altermoma_pl.callback.checks import check_masks, check_options
+from altermoma_pl.callback.checks import check_masks, check_not_empty, check_options
 from altermoma_pl.callback.enforcement import Enforcement
 from altermoma_pl.callback.loaders import ProbeLoader, probe_batches, training_batches
 from altermoma_pl.callback.loss import check_loss, loss_function
@@ -147,16 +148,23 @@ class AlterMOMACallback(Callback):
         """Find modalities and weights, take up loaded masks, and hold them from now on."""
         calibration = self._calibration(trainer, pl_module)
         if self._state.masks is not None:
-            check_masks(self._state.masks, calibration, self.sparsity)
-        masks = self._state.masks or Masks.dense(calibration.weights)
-        self._state.masks = masks.to(pl_module)
+            check_masks(self._state.masks, calibration)
+        masks = (self._state.masks or Masks.dense(calibration.weights)).to(pl_module)
+        # The last event tried out on equal scores: whether floors and earlier masks leave room for it.
+        equal = {name: torch.zeros_like(weight) for name, weight in calibration.weights.items()}
+        top_k(equal, self.sparsity, self.scope, masks, self.min_density, calibration.group_of)
+        self._state.masks = masks
         self._state.group_of = calibration.group_of
         self._enforcement = Enforcement(pl_module, self._state.masks, trainer.optimizers)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the schedule anew in a fit that starts anew; a resumed one goes on."""
+        """Start the schedule anew in a fit that starts anew, and look for the batches to score on."""
         if trainer.global_step == 0:
             self._state.last_event_epoch = -1
+        if self.criterion.uses_batches:
+            with generators_restored():
+                check_not_empty(probe_batches(trainer, pl_module, self.loader), "held-out")
+                check_not_empty(training_batches(trainer), "training")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score and prune if the schedule says so."""
@@ -209,7 +217,6 @@ class AlterMOMACallback(Callback):
         if enforcement is None:
             raise RuntimeError("AlterMOMACallback holds no masks: on_fit_start of this fit did not run")
         target = self._target(self.schedule.last_epoch if _is_trial(trainer) else epoch)
-        self._state.last_event_epoch = epoch
         if enforcement.masks.sparsity > 0 and target == self._target(_NEVER):
             return  # a fit that goes on with a pruned model has nothing more to prune
         started = time.perf_counter()
@@ -229,6 +236,8 @@ class AlterMOMACallback(Callback):
         """Scores, with the generators of torch, numpy, `random` and the loaders as they were."""
         with generators_restored(), scoring_bar(trainer) as progress:
             seed_generators(self.seed)  # a hook that makes a loader may draw random numbers
+            if not self.criterion.uses_batches:
+                return self.criterion.score(self._calibration(trainer, module)), None
             probes = probe_batches(trainer, module, self.loader)
             trainings = training_batches(trainer)
             calibration = self._calibration(trainer, module, probes, trainings, progress)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import get_args
 
-from altermoma_pl.callback.loaders import ProbeLoader
+from altermoma_pl.callback.loaders import Batches, ProbeLoader
 from altermoma_pl.criteria import Calibration
 from altermoma_pl.masks import Masks
 from altermoma_pl.modality import SHARED
-from altermoma_pl.report import SparsityReport
 from altermoma_pl.sparsity import Scope, check_density, check_sparsity
 
 Sparsity = float | dict[str, float]
@@ -39,20 +38,25 @@ def check_options(
         check_sparsity(share, f"sparsity of {group!r}")
 
 
-def check_masks(masks: Masks, calibration: Calibration, sparsity: Sparsity) -> None:
-    """Raise a `ValueError` if loaded masks are of another model, or prune more than is asked for."""
+def check_masks(masks: Masks, calibration: Calibration) -> None:
+    """Raise a `ValueError` if loaded masks are not those of the model's prunable weights."""
     if masks.keys() != calibration.weights.keys():
         raise ValueError(
             f"the loaded masks and this model's prunable weights differ in "
             f"{sorted(masks.keys() ^ calibration.weights.keys())[:5]}: continue with the model, "
             f"modalities and prunable patterns that the masks were made for"
         )
-    report = SparsityReport.of(masks, calibration.group_of)
-    for label, share in (sparsity if isinstance(sparsity, dict) else {"the model": sparsity}).items():
-        done = report.groups.get(label, report.total)
-        # Each tensor may have been rounded to one weight more.
-        if done.num_weights - done.num_kept > round(share * done.num_weights) + len(masks):
-            raise ValueError(
-                f"sparsity {share:g} of {label} is below what is already pruned, {1 - done.kept:.4g}: "
-                f"masks only shrink, ask for more or start from a dense checkpoint"
-            )
+    masks.check_fits(calibration.model)
+
+
+def check_not_empty(batches: Batches, kind: str) -> None:
+    """Raise a `ValueError` if a loader of known length has no batch."""
+    try:
+        length = len(batches)
+    except TypeError:
+        return
+    if length == 0:
+        raise ValueError(
+            f"the {kind} loader is empty, at least one batch is needed to score weights: check its data set, "
+            f"drop_last and the Trainer's limits on batches"
+        )

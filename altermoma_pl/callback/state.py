@@ -75,6 +75,7 @@ class PruningState:
     ) -> None:
         """Take up what an event decided."""
         self.masks = masks
+        self.last_event_epoch = epoch
         self.components = components if keep_components else None
         report = SparsityReport.of(masks, self.group_of)
         self.events.append(

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -163,6 +163,9 @@ class Criterion(ABC):
     A criterion of your own derives from this class and is named in YAML by its `class_path`. It must
     leave the model as it was, for example by working inside `restored(calibration.model)`.
     """
+
+    uses_batches: ClassVar[bool] = True
+    """Whether scores depend on batches; if not, no held-out loader is needed."""
 
     @abstractmethod
     def score(self, calibration: Calibration) -> Scores:

@@ -13,6 +13,8 @@ from altermoma_pl.criteria.base import Calibration, Criterion, Scores
 class Magnitude(Criterion):
     """The absolute value of the weight."""
 
+    uses_batches = False
+
     def score(self, calibration: Calibration) -> Scores:
         """|theta| of every prunable weight."""
         return {name: weight.detach().abs() for name, weight in calibration.weights.items()}
@@ -21,6 +23,8 @@ class Magnitude(Criterion):
 @dataclass(frozen=True)
 class Random(Criterion):
     """Independent draws from the standard normal distribution, repeatable by the calibration's seed."""
+
+    uses_batches = False
 
     def score(self, calibration: Calibration) -> Scores:
         """The same draws for the same seed, on any device."""

@@ -79,8 +79,7 @@ def test_flip_is_an_involution(data):
 def test_flip_keeps_points_in_boxes(data):
     for frame in data.dataset("val"):
         inside, mirrored = (
-            points_in_boxes(f.points.double().numpy(), f.boxes.double().numpy())
-            for f in (frame, flip(frame))
+            points_in_boxes(f.points.double().numpy(), f.boxes.double().numpy()) for f in (frame, flip(frame))
         )
         assert inside.any()
         np.testing.assert_array_equal(inside, mirrored)
@@ -91,9 +90,7 @@ def test_flip_keeps_points_in_boxes(data):
 
 def test_collate_says_whose_points_and_boxes_are():
     frame = one_box_frame()
-    empty = frame._replace(
-        points=frame.points[:0], boxes=frame.boxes[:0], box_class=frame.box_class[:0]
-    )
+    empty = frame._replace(points=frame.points[:0], boxes=frame.boxes[:0], box_class=frame.box_class[:0])
     batch = collate([frame, empty, flip(frame)])
     assert isinstance(batch, Batch)
     assert batch.image.shape == (3, 3, 2, 3)

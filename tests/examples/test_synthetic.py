@@ -92,9 +92,7 @@ def test_rays_meet_a_box_the_road_and_the_sky():
 
 
 def test_the_nearer_box_hides_the_farther_one():
-    world = scene(
-        thing("Misc", [20, 0, 0, 2, 2, 1, 0]), thing("Misc", [10, 0, 0, 2, 2, 1, np.pi / 4])
-    )
+    world = scene(thing("Misc", [20, 0, 0, 2, 2, 1, 0]), thing("Misc", [10, 0, 0, 2, 2, 1, np.pi / 4]))
     hits = cast(np.zeros(3), np.array([[1, 0, 0]], dtype=np.float32), world)
     np.testing.assert_allclose(hits.distance, 10 - np.sqrt(2), rtol=1e-6)
     assert hits.owner.tolist() == [1]
@@ -150,10 +148,7 @@ def same_scan(first, second):
 
 
 def same_image(first, second):
-    images = [
-        render(world, PROJECTION, IMAGE_SIZE, np.random.default_rng(1))[0]
-        for world in (first, second)
-    ]
+    images = [render(world, PROJECTION, IMAGE_SIZE, np.random.default_rng(1))[0] for world in (first, second)]
     return np.array_equal(*images)
 
 

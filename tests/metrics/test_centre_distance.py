@@ -112,17 +112,13 @@ def test_duplicate_takes_no_second_match():
 
 def test_other_frame_and_other_class_do_not_match():
     metric = CentreDistanceAP(2)
-    metric.update(
-        *detections((0, 0, 0.9, 0, 1), (5, 5, 0.9, 1, 0)), *truths((0, 0, 0, 0), (5, 5, 0, 0))
-    )
+    metric.update(*detections((0, 0, 0.9, 0, 1), (5, 5, 0.9, 1, 0)), *truths((0, 0, 0, 0), (5, 5, 0, 0)))
     assert metric.compute() == 0
 
 
 def test_classes_without_ground_truth_are_left_out():
     metric = CentreDistanceAP(3)
-    metric.update(
-        *detections((0, 0, 0.9, 0, 0), (5, 5, 0.9, 1, 0)), *truths((0, 0, 0, 0), (7, 7, 2, 0))
-    )
+    metric.update(*detections((0, 0, 0.9, 0, 0), (5, 5, 0.9, 1, 0)), *truths((0, 0, 0, 0), (7, 7, 2, 0)))
     expected = torch.tensor([1.0, torch.nan, 0.0])
     assert_close(metric.per_class(), expected, equal_nan=True)
     assert_close(metric.compute(), torch.tensor(0.5))

@@ -3,51 +3,35 @@
     python examples/quickstart.py
 
 Makes driving scenes, pre-trains a camera and a LiDAR model, fuses them, prunes to 90 % over epochs of
-fine-tuning inside `Trainer.fit`, and compares dense with pruned. Checkpoints and figures: `runs/quickstart`.
+fine-tuning inside `Trainer.fit`, and compares dense with pruned. It is `train.py` with the configuration
+`configs/synthetic.yaml`; flags of `train.py` can be added, for example `--seed 1`.
 """
 
-import argparse
 import logging
 import sys
 import time
 import warnings
+from pathlib import Path
 
+from jsonargparse import auto_cli
 from rich.console import Console
-from train import MODALITIES, DrivingData, Epochs, run, table
+from train import run, table
 
-from altermoma_pl import AlterEva, AlterMOMACallback, Cubic
+CONFIG = Path(__file__).parent / "configs" / "synthetic.yaml"
 
 
 def main() -> None:
     """Run the quickstart and print its table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sparsity", type=float, default=0.9)
-    parser.add_argument("--output-dir", default="runs/quickstart")
-    options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")  # of torch, by Lightning
     started = time.perf_counter()
-    pruning = AlterMOMACallback(
-        MODALITIES,
-        sparsity=options.sparsity,
-        criterion=AlterEva(num_probe_batches=16, num_reactivation_steps=32),
-        schedule=Cubic(end=3),
-    )
-    result = run(
-        DrivingData(num_train=512, num_val=96, num_calibration=64),
-        pruning,
-        epochs=Epochs(camera=10, lidar=8, fusion=5, pruning=8),
-        output_dir=options.output_dir,
-        seed=options.seed,
-        progress_bar=sys.stdout.isatty(),
-    )
+    arguments = ["--config", str(CONFIG), "--progress_bar", str(sys.stdout.isatty()).lower(), *sys.argv[1:]]
+    result = auto_cli(run, args=arguments, as_positional=False)
     console = Console()
     console.print(table(result))
     console.print(
-        f"{time.perf_counter() - started:.0f} s. Checkpoint: {result.output_dir / 'pruned.ckpt'}, "
-        f"figures: {pruning.output_dir}. What is pruned where: "
-        f"altermoma report {result.output_dir / 'pruned.ckpt'}",
+        f"{time.perf_counter() - started:.0f} s. Figures: {result.output_dir / 'pruning'}. "
+        f"What is pruned where: altermoma report {result.output_dir / 'pruned.ckpt'}",
         highlight=False,
         soft_wrap=True,
     )

@@ -354,7 +354,7 @@ def test_deactivated_and_pruned_weights_stay_zero_while_reactivating(optimizer):
     assert [moved for _, _, moved in seen[3:13]] == [False] * 4 + [True] * 6
 
 
-@pytest.mark.parametrize(("noise", "moves"), [("off", False), ("as_is", True)])
+@pytest.mark.parametrize(("noise", "moves"), [("suppressed", False), ("as_is", True)])
 def test_running_statistics_and_flags(noise, moves):
     model = two_tower()
     model.camera[1].eval()
@@ -407,7 +407,7 @@ def test_a_group_that_the_loss_ignores_is_an_error():
         ({"combination": "x"}, "combination must be one of ['subtract', 'discount'], got 'x'"),
         ({"normalization": "x"}, "normalization must be one of ['mean', 'sum', 'none'], got 'x'"),
         ({"optimizer": "x"}, "optimizer must be one of ['sgd', 'adam'], got 'x'"),
-        ({"noise": "x"}, "noise must be one of ['off', 'as_is'], got 'x'"),
+        ({"noise": "x"}, "noise must be one of ['suppressed', 'as_is'], got 'x'"),
         ({"second_probe": "x"}, "second_probe must be one of ['same', 'fresh'], got 'x'"),
         ({"num_probe_batches": 0}, "num_probe_batches must be at least 1, got 0"),
         ({"num_reactivation_steps": -1}, "num_reactivation_steps must be at least 0, got -1"),

@@ -70,7 +70,7 @@ class AlterEva(Criterion):
         learning_rate: Of reactivation.
         optimizer: Of reactivation: "sgd", without momentum, or "adam"; neither decays weights.
         gradient_clip: Largest norm of the gradient in a reactivation step; None for no limit.
-        noise: "off" keeps running statistics of norm layers and switches dropout off while scoring;
+        noise: "suppressed" keeps running statistics of norm layers and switches dropout off while scoring;
             "as_is" leaves every layer in its mode.
         second_probe: Batches for g': the "same" as for g, or "fresh" ones that follow them.
 
@@ -89,7 +89,7 @@ class AlterEva(Criterion):
     learning_rate: float = 1e-4
     optimizer: Literal["sgd", "adam"] = "adam"
     gradient_clip: float | None = None
-    noise: Literal["off", "as_is"] = "off"
+    noise: Literal["suppressed", "as_is"] = "suppressed"  # not "off": YAML reads that as false
     second_probe: Literal["same", "fresh"] = "same"
 
     def __post_init__(self) -> None:
@@ -147,7 +147,7 @@ class AlterEva(Criterion):
         """
         model, losses, reri = calibration.model, {}, {}
         # The state to come back to has the layers quiet already, hence this order.
-        with noise_free(model) if self.noise == "off" else nullcontext(), restored(model) as reset:
+        with noise_free(model) if self.noise == "suppressed" else nullcontext(), restored(model) as reset:
             absolute = self.reduction == "mean_of_abs"
             losses["all"], gradients = mean_gradients(
                 calibration,

@@ -111,9 +111,18 @@ def test_quickstart(cache, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     import quickstart
 
-    monkeypatch.setattr(quickstart, "DrivingData", lambda **_: tiny_data(cache))
-    monkeypatch.setattr(quickstart, "Epochs", lambda **_: Epochs(1, 1, 1, 4))
-    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--output-dir", str(tmp_path), "--sparsity", "0.8"])
+    flags = {
+        "--output_dir": tmp_path,
+        "--accelerator": "cpu",
+        "--pruning.sparsity": 0.8,
+        "--epochs": '{"camera": 1, "lidar": 1, "fusion": 1, "pruning": 4}',
+        "--data.image_size": list(SIZE),
+        "--data.cache_dir": cache,
+        "--data.num_train": 8,
+        "--data.num_val": 4,
+        "--data.num_calibration": 4,
+    }
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", *(f"{key}={value}" for key, value in flags.items())])
     quickstart.main()
     printed = capsys.readouterr().out
     assert "Pruned to 80% sparsity" in printed
@@ -121,12 +130,12 @@ def test_quickstart(cache, tmp_path, monkeypatch, capsys):
     assert str(tmp_path / "pruned.ckpt") in printed
 
 
-def test_kitti_configuration_is_accepted_by_run():
+@pytest.mark.parametrize("name", ["kitti", "synthetic"])
+def test_configuration_is_accepted_by_run(name):
     parser = ArgumentParser()
     parser.add_function_arguments(run)
-    config = parser.instantiate(parser.parse_path(CONFIGS / "kitti.yaml"))
-    assert config.pruning.sparsity == 0.8
-    assert config.pruning.schedule == Cubic(end=5)
+    config = parser.instantiate(parser.parse_path(CONFIGS / f"{name}.yaml"))
+    assert config.pruning.sparsity in (0.8, 0.9)
     assert config.epochs.pruning > config.pruning.schedule.last_epoch
 
 

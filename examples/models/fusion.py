@@ -13,7 +13,7 @@ from examples.models.camera import CameraEncoder
 from examples.models.heads import Detections, MapHead, ObjectHead, ObjectMaps, decode
 from examples.models.layers import conv_norm_relu, plain_stage
 from examples.models.lidar import LidarEncoder
-from examples.models.losses import map_loss, object_loss
+from examples.models.losses import MAP_WEIGHT, map_loss, object_loss
 from examples.models.sizes import SIZES
 
 SENSORS = ("camera", "lidar")
@@ -120,7 +120,7 @@ class FusionModel(nn.Module):
         """Scalars `heatmap`, `regression`, `map` and their sum `loss`."""
         boxes = batch.boxes, batch.box_class, batch.box_frame
         parts = object_loss(output.objects, *boxes, self.grid)
-        parts["map"] = map_loss(output.map_logits, batch.segmentation)
+        parts["map"] = MAP_WEIGHT * map_loss(output.map_logits, batch.segmentation)
         return {"loss": torch.stack(list(parts.values())).sum(), **parts}
 
     def detections(self, output: FusionOutput) -> Detections:

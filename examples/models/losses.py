@@ -11,6 +11,7 @@ from examples.models.heads import ObjectMaps, encode_boxes
 MIN_RADIUS = 2.0  # cells
 REGRESSION_WEIGHT = 0.25
 MAP_POSITIVE_WEIGHT = 3.0
+MAP_WEIGHT = 4.0  # so that neither task drowns the other in training, nor in the scores of weights
 
 
 def heatmap_target(cells: Tensor, radius: Tensor, index: Tensor, shape: tuple[int, int, int]) -> Tensor:

@@ -73,7 +73,9 @@ def probe_batches(trainer: Trainer, module: LightningModule, which: ProbeLoader)
             "loader='calibration' needs a method `calibration_dataloader()` on the datamodule or the "
             "LightningModule, and neither has one"
         )
-    loaders = trainer.val_dataloaders or _load_validation(trainer)
+    loaders = trainer.val_dataloaders
+    if loaders is None:
+        loaders = _load_validation(trainer)
     if loaders is None:
         raise ValueError(
             f"there is no held-out loader to score weights with (limit_val_batches="

@@ -23,6 +23,14 @@ LossFunction = Callable[[nn.Module, Any], Tensor]
 """`loss_fn(model, batch)` returns a scalar that depends on the model's parameters."""
 
 
+def _length(batches: Iterable[Any]) -> int | None:
+    """Their number, if known: loaders of iterable datasets have `len`, and it raises."""
+    try:
+        return len(batches) if isinstance(batches, Sized) else None
+    except (TypeError, NotImplementedError):
+        return None
+
+
 def _no_progress(phase: str, done: int, total: int | None) -> None:
     """Nobody watches."""
 
@@ -134,7 +142,8 @@ class Calibration:
     def _take(
         self, batches: Iterable[Any], kind: str, count: int, phase: str, skip: int
     ) -> Iterator[tuple[str, Any]]:
-        total = min(count, max(0, len(batches) - skip)) if isinstance(batches, Sized) else None
+        length = _length(batches)
+        total = None if length is None else min(count, max(0, length - skip))
         done = 0
         for index, batch in enumerate(itertools.islice(batches, skip, skip + count), start=skip):
             self.progress(phase, done, total)

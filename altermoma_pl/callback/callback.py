@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
 from altermoma_pl.callback.announcement import announce, show_figures
-from altermoma_pl.callback.checks import check_masks, check_options
+from altermoma_pl.callback.checks import check_masks, check_options, check_schedule
 from altermoma_pl.callback.enforcement import Enforcement
 from altermoma_pl.callback.loaders import ProbeLoader, probe_batches, training_batches
 from altermoma_pl.callback.loss import check_loss, loss_function
@@ -157,6 +157,8 @@ class AlterMOMACallback(Callback):
         """Start the schedule anew in a fit that starts anew; a resumed one goes on."""
         if trainer.global_step == 0:
             self._state.last_event_epoch = -1
+        if not _is_trial(trainer):
+            check_schedule(self.report(), self.sparsity, self.schedule, trainer.current_epoch)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score and prune if the schedule says so."""

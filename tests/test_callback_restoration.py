@@ -152,6 +152,7 @@ def test_an_interrupted_event_changes_nothing(call, error):
     assert len(CALLS) == call + 1
     assert callback.events == []
     assert callback.masks.sparsity == 0
+    assert callback.state_dict()["last_event_epoch"] == -1  # a checkpoint made now must not skip it
     assert len(before.taken) == 2
     assert_same(after.taken, before.taken[:1])
 

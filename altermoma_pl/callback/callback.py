@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
@@ -151,14 +152,19 @@ class AlterMOMACallback(Callback):
         masks = self._state.masks or Masks.dense(calibration.weights)
         self._state.masks = masks.to(pl_module)
         self._state.group_of = calibration.group_of
+        # Whether floors and scope leave room for the last event does not depend on scores: say it now.
+        equal = {name: torch.zeros_like(weight) for name, weight in calibration.weights.items()}
+        self._rank(equal, self._target(self.schedule.last_epoch))
         self._enforcement = Enforcement(pl_module, self._state.masks, trainer.optimizers)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the schedule anew in a fit that starts anew; a resumed one goes on."""
+        """Start the schedule anew in a fit that starts anew; refuse what events could not do."""
         if trainer.global_step == 0:
             self._state.last_event_epoch = -1
         if not _is_trial(trainer):
             check_schedule(self.report(), self.sparsity, self.schedule, trainer.current_epoch)
+        with generators_restored():
+            probe_batches(trainer, pl_module, self.loader)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score and prune if the schedule says so."""
@@ -211,21 +217,28 @@ class AlterMOMACallback(Callback):
         if enforcement is None:
             raise RuntimeError("AlterMOMACallback holds no masks: on_fit_start of this fit did not run")
         target = self._target(self.schedule.last_epoch if _is_trial(trainer) else epoch)
-        self._state.last_event_epoch = epoch
         if enforcement.masks.sparsity > 0 and target == self._target(_NEVER):
+            self._state.last_event_epoch = epoch
             return  # a fit that goes on with a pruned model has nothing more to prune
         started = time.perf_counter()
         scores, components = self._score(trainer, module)
         magnitudes = {n: p.detach().abs() for n, p in module.named_parameters() if n in scores}
-        masks = top_k(
-            scores, target, self.scope, enforcement.masks, self.min_density, self._state.group_of, magnitudes
-        )
+        masks = self._rank(scores, target, magnitudes)
         enforcement.masks = masks
+        self._state.last_event_epoch = epoch
         self._state.record(masks, epoch, trainer.global_step, components, self.store_components)
         seconds = time.perf_counter() - started
         announce(trainer, module, self._state, seconds)
         if self.figures:
             show_figures(trainer, self._state, components, self._folder(trainer))
+
+    def _rank(
+        self, scores: Scores, target: float | dict[str, float], magnitudes: Scores | None = None
+    ) -> Masks:
+        """Shrink the masks to the target."""
+        return top_k(
+            scores, target, self.scope, self._state.masks, self.min_density, self._state.group_of, magnitudes
+        )
 
     def _score(self, trainer: Trainer, module: LightningModule) -> tuple[Scores, Components | None]:
         """Scores, with the generators of torch, numpy, `random` and the loaders as they were."""

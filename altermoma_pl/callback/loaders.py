@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader
 
@@ -119,6 +120,8 @@ def _load_validation(trainer: Trainer) -> Any:
     trainer.validating = True
     try:
         trainer.fit_loop.epoch_loop.val_loop.setup_data()
+    except MisconfigurationException:
+        return None  # there is no `val_dataloader`
     finally:
         trainer.training = True
     return trainer.val_dataloaders

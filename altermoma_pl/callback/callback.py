@@ -228,7 +228,7 @@ class AlterMOMACallback(Callback):
         self._state.last_event_epoch = epoch
         self._state.record(masks, epoch, trainer.global_step, components, self.store_components)
         seconds = time.perf_counter() - started
-        announce(trainer, module, self._state, seconds)
+        announce(trainer, self._state, seconds)
         if self.figures:
             show_figures(trainer, self._state, components, self._folder(trainer))
 

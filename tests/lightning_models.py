@@ -46,7 +46,7 @@ class Fusion(LightningModule):
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.log("val_loss", self.loss(batch), add_dataloader_idx=False)
+        self.log("val_loss", self.loss(batch))
 
     test_step = validation_step
 

@@ -191,6 +191,7 @@ def _no_deci(state: dict[str, Any]) -> None:
         (_with("more", 1), "is damaged: it must hold"),
         (_with("format", 2), "has format 2, this version reads 1"),
         (_other_group, "masks and groups differ"),
+        (_with("masks", None), "masks and groups differ"),
         (_short_bits, "'head.weight': 0 elements of torch.uint8 cannot hold 8 bits"),
         (_no_bits, "must hold 'shape' and 'bits'"),
         (_no_deci, "state of components must hold"),

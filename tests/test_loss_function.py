@@ -115,8 +115,8 @@ def test_no_loss(output):
     found = type(output["loss"] if isinstance(output, dict) and "loss" in output else output).__name__
     message = (
         f"training_step returned no loss but {found}: to score weights it must return a tensor or a "
-        f"dictionary with the key 'loss' for every batch; define `pruning_loss(self, batch, batch_idx)` if it "
-        f"cannot"
+        f"dictionary with the key 'loss' for every batch; define `pruning_loss(self, batch, batch_idx)` if "
+        f"it cannot"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         loss_of(Nothing())

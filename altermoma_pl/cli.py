@@ -71,8 +71,8 @@ def load_pruning_state(path: str, trust: bool = False) -> PruningState:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it holds no pruning state, other objects than tensors and builtins, or weights
-            that are not zero where its masks say so.
+        ValueError: If it is damaged, holds no pruning state, other objects than tensors and builtins, or
+            weights that are not zero where its masks say so.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=not trust)
@@ -80,6 +80,10 @@ def load_pruning_state(path: str, trust: bool = False) -> PruningState:
         raise ValueError(
             f"{path} is no checkpoint of tensors and builtins only; if you trust its origin, use --trust"
         ) from error
+    except FileNotFoundError:
+        raise
+    except (EOFError, OSError, RuntimeError) as error:
+        raise ValueError(f"{path} is no checkpoint, or only a part of one: {error!r}") from error
     callbacks = checkpoint.get("callbacks", {}) if isinstance(checkpoint, dict) else {}
     found = [value for key, value in callbacks.items() if key.startswith(AlterMOMACallback.__name__)]
     if not found:

@@ -150,7 +150,8 @@ def _keep_best(
     if count > sum(live):
         raise ValueError(
             f"sparsity {sparsity:.6g} of {label} is below what is already pruned, "
-            f"{1 - sum(live) / total:.6g}: masks only shrink, ask for more"
+            f"{1 - sum(live) / total:.6g}: masks only shrink, ask for more or start "
+            f"from a dense checkpoint"
         )
     floors = [_floor(score.numel(), alive, min_density) for score, alive in zip(scores, live, strict=True)]
     if sum(floors) > count:

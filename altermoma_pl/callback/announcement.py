@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 
 import altermoma_pl.figures as figures
@@ -13,12 +14,12 @@ from altermoma_pl.callback.state import PruningState
 from altermoma_pl.criteria import Components
 
 
-def announce(trainer: Trainer, module: LightningModule, state: PruningState, seconds: float) -> None:
+def announce(trainer: Trainer, state: PruningState, seconds: float) -> None:
     """Print one table and log the event's metrics; nothing in a barebones run."""
     if trainer.barebones:
         return
     report, event = state.report(), state.events[-1]
-    module.print(report.to_text(f"Pruned before epoch {event['epoch']} in {seconds:.1f} s"))
+    _print(trainer, report.to_text(f"Pruned before epoch {event['epoch']} in {seconds:.1f} s"))
     metrics = {"pruning/sparsity": report.sparsity, "pruning/seconds": seconds}
     metrics |= {f"pruning/kept/{name}": share for name, share in event["kept"].items()}
     metrics |= {f"pruning/loss/{name}": loss for name, loss in event["losses"].items()}
@@ -44,6 +45,24 @@ def show_figures(
             _experiment(logger).add_figure(
                 f"pruning/{name}", figure, global_step=trainer.global_step, close=False
             )
+
+
+def _print(trainer: Trainer, text: str) -> None:
+    """As `LightningModule.print`, which fails beside progress bars that derive from the plain class."""
+    bar = trainer.progress_bar_callback
+    if bar is not None and getattr(bar, "is_enabled", False):
+        bar.print(text)
+    else:
+        sys.stdout.write(text + "\n")
+
+
+def folder_for(trainer: Trainer, output_dir: str | None) -> Path | None:
+    """`output_dir`, or `pruning` in the logger's folder; None where nothing is to be written."""
+    if trainer.barebones or getattr(trainer, "fast_dev_run", False):
+        return None
+    if output_dir is not None:
+        return Path(output_dir)
+    return Path(trainer.log_dir) / "pruning" if trainer.loggers and trainer.log_dir else None
 
 
 def _experiment(logger: Logger) -> Any:

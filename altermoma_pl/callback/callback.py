@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
-from altermoma_pl.callback.announcement import announce, show_figures
-from altermoma_pl.callback.checks import check_masks, check_not_empty, check_options
+from altermoma_pl.callback.announcement import announce, folder_for, show_figures
+from altermoma_pl.callback.checks import check_masks, check_not_empty, check_not_late, check_options
 from altermoma_pl.callback.enforcement import Enforcement
 from altermoma_pl.callback.loaders import ProbeLoader, probe_batches, training_batches
 from altermoma_pl.callback.loss import check_loss, loss_function
@@ -149,18 +148,18 @@ class AlterMOMACallback(Callback):
         calibration = self._calibration(trainer, pl_module)
         if self._state.masks is not None:
             check_masks(self._state.masks, calibration)
-        masks = (self._state.masks or Masks.dense(calibration.weights)).to(pl_module)
-        # The last event tried out on equal scores: whether floors and earlier masks leave room for it.
-        equal = {name: torch.zeros_like(weight) for name, weight in calibration.weights.items()}
-        top_k(equal, self.sparsity, self.scope, masks, self.min_density, calibration.group_of)
-        self._state.masks = masks
+        masks = self._state.masks or Masks.dense(calibration.weights)
+        self._state.masks = masks.to(pl_module)
         self._state.group_of = calibration.group_of
+        self._final_count()  # raises if floors or earlier masks leave no room for the last event
         self._enforcement = Enforcement(pl_module, self._state.masks, trainer.optimizers)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the schedule anew in a fit that starts anew, and look for the batches to score on."""
+        """Start the schedule anew in a fit that starts anew; refuse what no event could mend."""
         if trainer.global_step == 0:
             self._state.last_event_epoch = -1
+        if not _is_trial(trainer):
+            check_not_late(self.schedule, trainer.current_epoch, self.report(), self._final_count())
         if self.criterion.uses_batches:
             with generators_restored():
                 check_not_empty(probe_batches(trainer, pl_module, self.loader), "held-out")
@@ -218,6 +217,7 @@ class AlterMOMACallback(Callback):
             raise RuntimeError("AlterMOMACallback holds no masks: on_fit_start of this fit did not run")
         target = self._target(self.schedule.last_epoch if _is_trial(trainer) else epoch)
         if enforcement.masks.sparsity > 0 and target == self._target(_NEVER):
+            self._state.last_event_epoch = epoch
             return  # a fit that goes on with a pruned model has nothing more to prune
         started = time.perf_counter()
         scores, components = self._score(trainer, module)
@@ -228,9 +228,15 @@ class AlterMOMACallback(Callback):
         enforcement.masks = masks
         self._state.record(masks, epoch, trainer.global_step, components, self.store_components)
         seconds = time.perf_counter() - started
-        announce(trainer, module, self._state, seconds)
+        announce(trainer, self._state, seconds)
         if self.figures:
-            show_figures(trainer, self._state, components, self._folder(trainer))
+            show_figures(trainer, self._state, components, folder_for(trainer, self.output_dir))
+
+    def _final_count(self) -> int:
+        """How many weights the last event keeps; it does not depend on their scores."""
+        equal = {name: torch.zeros(mask.shape) for name, mask in (self._state.masks or {}).items()}
+        earlier, groups = self._state.masks, self._state.group_of
+        return top_k(equal, self.sparsity, self.scope, earlier, self.min_density, groups).num_kept
 
     def _score(self, trainer: Trainer, module: LightningModule) -> tuple[Scores, Components | None]:
         """Scores, with the generators of torch, numpy, `random` and the loaders as they were."""
@@ -279,13 +285,6 @@ class AlterMOMACallback(Callback):
             group: max(self.schedule.sparsity_at(epoch, share), 1 - report.groups[group].kept)
             for group, share in self.sparsity.items()
         }
-
-    def _folder(self, trainer: Trainer) -> Path | None:
-        if _is_trial(trainer) or trainer.barebones:
-            return None
-        if self.output_dir is not None:
-            return Path(self.output_dir)
-        return Path(trainer.log_dir) / "pruning" if trainer.loggers and trainer.log_dir else None
 
     def _release(self) -> None:
         if self._enforcement is not None:

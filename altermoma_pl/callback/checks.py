@@ -7,8 +7,11 @@ from typing import get_args
 
 from altermoma_pl.callback.loaders import Batches, ProbeLoader
 from altermoma_pl.criteria import Calibration
+from altermoma_pl.criteria.base import known_length
 from altermoma_pl.masks import Masks
 from altermoma_pl.modality import SHARED
+from altermoma_pl.report import SparsityReport
+from altermoma_pl.schedules import Schedule
 from altermoma_pl.sparsity import Scope, check_density, check_sparsity
 
 Sparsity = float | dict[str, float]
@@ -51,12 +54,18 @@ def check_masks(masks: Masks, calibration: Calibration) -> None:
 
 def check_not_empty(batches: Batches, kind: str) -> None:
     """Raise a `ValueError` if a loader of known length has no batch."""
-    try:
-        length = len(batches)
-    except TypeError:
-        return
-    if length == 0:
+    if known_length(batches) == 0:
         raise ValueError(
             f"the {kind} loader is empty, at least one batch is needed to score weights: check its data set, "
             f"drop_last and the Trainer's limits on batches"
+        )
+
+
+def check_not_late(schedule: Schedule, epoch: int, report: SparsityReport, final_count: int) -> None:
+    """Raise a `ValueError` if a run that starts at `epoch` has missed an event that it needs."""
+    if epoch > schedule.last_epoch and report.total.num_kept > final_count:
+        raise ValueError(
+            f"the last event of {schedule} is at epoch {schedule.last_epoch}, but this run goes on at epoch "
+            f"{epoch} with {report.total.num_kept} weights, and the target keeps {final_count}: let the "
+            f"schedule end later"
         )

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -75,7 +76,9 @@ def probe_batches(trainer: Trainer, module: LightningModule, which: ProbeLoader)
             "loader='calibration' needs a method `calibration_dataloader()` on the datamodule or the "
             "LightningModule, and neither has one"
         )
-    loaders = trainer.val_dataloaders or _load_validation(trainer)
+    loaders = trainer.val_dataloaders
+    if loaders is None:
+        loaders = _load_validation(trainer)
     if loaders is None:
         raise ValueError(
             f"there is no held-out loader to score weights with (limit_val_batches="
@@ -119,6 +122,8 @@ def _load_validation(trainer: Trainer) -> Any:
     trainer.validating = True
     try:
         trainer.fit_loop.epoch_loop.val_loop.setup_data()
+    except MisconfigurationException:
+        return None  # there is no `val_dataloader`
     finally:
         trainer.training = True
     return trainer.val_dataloaders

@@ -59,7 +59,7 @@ class PruningState:
         if state["format"] != FORMAT:
             raise ValueError(f"the pruning state has format {state['format']}, this version reads {FORMAT}")
         masks = Masks.from_state_dict(state["masks"]) if state["masks"] else None
-        if masks is not None and masks.keys() != state["group_of"].keys():
+        if set(masks or {}) != set(state["group_of"]):
             raise ValueError("the pruning state in the checkpoint is damaged: masks and groups differ")
         components = Components.from_state_dict(state["components"]) if state["components"] else None
         events = [dict(event) for event in state["events"]]

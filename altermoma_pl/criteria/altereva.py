@@ -189,11 +189,11 @@ class AlterEva(Criterion):
         scores = {}
         for name, deci in components.deci.items():
             group, r = components.group_of[name], redundancy[name]
-            score = deci / lead[group]
+            score = deci / (lead[group] or 1.0)
             if self.combination == "subtract":
                 score = self.alpha * score - self.beta * r
             else:
-                d = self.alpha * deci / means[group]
+                d = self.alpha * deci / (means[group] or 1.0)
                 score = score * torch.nan_to_num(d / (d + self.beta * r), nan=0.0)  # 0 / 0: D is 0
             scores[name] = (
                 score if masks is None else score.masked_fill(~masks[name].to(score.device), -torch.inf)
@@ -245,15 +245,19 @@ class AlterEva(Criterion):
 
 
 def _check_contribution(components: Components, masks: Masks | None) -> None:
+    """A group without any contribution is an error, unless earlier pruning has cut it off."""
     total = _group_divisors(components.deci, components.group_of, "sum", masks)
     for group, amount in total.items():
+        if amount != 0:
+            continue
         names = [name for name, own in components.group_of.items() if own == group]
-        live = masks is None or any(masks[name].any() for name in names)
-        if live and amount == 0:
-            raise ValueError(
-                f"DeCI of the group {group!r} is 0: the loss depends on none of its weights; if earlier "
-                f"pruning emptied a layer and cut the group off, start again with min_density > 0"
-            )
+        if masks is None or all(bool(masks[name].all()) for name in names):
+            raise ValueError(f"DeCI of the group {group!r} is 0: the loss depends on none of its weights")
+        warnings.warn(
+            f"DeCI of the group {group!r} is 0: earlier pruning has cut it off from the loss; a larger "
+            f"min_density would have kept it",
+            stacklevel=3,
+        )
 
 
 def _times_weight(gradients: Gradients, calibration: Calibration) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,14 @@ Scores = dict[str, Tensor]
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 """`loss_fn(model, batch)` returns a scalar that depends on the model's parameters."""
+
+
+def known_length(batches: Iterable[Any]) -> int | None:
+    """Their number, if known: loaders of iterable datasets have `len`, and it raises."""
+    try:
+        return len(batches) if isinstance(batches, Sized) else None
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def _no_progress(phase: str, done: int, total: int | None) -> None:
@@ -138,7 +146,8 @@ class Calibration:
     def _take(
         self, batches: Iterable[Any], kind: str, count: int, phase: str, skip: int
     ) -> Iterator[tuple[str, Any]]:
-        total = min(count, max(0, len(batches) - skip)) if isinstance(batches, Sized) else None
+        length = known_length(batches)
+        total = None if length is None else min(count, max(0, length - skip))
         done = 0
         for index, batch in enumerate(itertools.islice(batches, skip, skip + count), start=skip):
             self.progress(phase, done, total)
@@ -164,7 +173,7 @@ class Criterion(ABC):
     leave the model as it was, for example by working inside `restored(calibration.model)`.
     """
 
-    uses_batches: ClassVar[bool] = True
+    uses_batches = True  # no annotation: it is no option, and jsonargparse cannot resolve ClassVar
     """Whether scores depend on batches; if not, no held-out loader is needed."""
 
     @abstractmethod

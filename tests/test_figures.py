@@ -1,0 +1,155 @@
+"""Figures: labels, legends, as many marks as there is data, a colour for each modality."""
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from altermoma_pl import Components, Masks, SparsityReport, figures
+from altermoma_pl.callback import announcement
+from tests.test_report import GROUP_OF, MASKS, REPORT
+
+pytest.importorskip("matplotlib")
+
+EVENTS = [
+    {"epoch": 0, "sparsity": 0.25, "kept": {"camera": 0.5, "lidar": 1.0, "shared": 1.0}},
+    {"epoch": 3, "sparsity": 5 / 12, "kept": {"camera": 1 / 3, "lidar": 0.75, "shared": 1.0}},
+]
+
+
+def components() -> Components:
+    deci = {name: torch.arange(1.0, mask.numel() + 1).view(mask.shape) for name, mask in MASKS.items()}
+    reri = {
+        "camera": {name: 2 * deci[name] for name in ("lidar.weight", "head.weight")},
+        "lidar": {name: 3 * deci[name] for name in ("camera.weight", "camera.late.weight", "head.weight")},
+    }
+    return Components(deci, reri, {name: GROUP_OF[name] for name in MASKS}, {})
+
+
+def labelled(figure: Any) -> Any:
+    """The only axes of the figure, which has labels on both."""
+    (axes,) = figure.axes
+    assert axes.get_xlabel()
+    return axes
+
+
+def legend(axes: Any) -> list[str]:
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+def test_kept_per_layer():
+    from matplotlib.colors import to_hex
+
+    axes = labelled(figures.kept_per_layer(REPORT))
+    assert [bar.get_width() for bar in axes.patches] == [0.25, 1.0, 0.75, 0.5]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "camera",
+        "head",
+        "lidar",
+        "camera.late",
+    ]
+    camera, head, lidar, late = (to_hex(bar.get_facecolor()) for bar in axes.patches)
+    assert camera == late
+    assert len({camera, head, lidar}) == 3
+    assert head == "#7f7f7f"
+    assert [text.get_text() for text in axes.figure.legends[0].get_texts()] == [
+        "camera: 0.333",
+        "shared: 1.000",
+        "lidar: 0.750",
+    ]
+    assert "0.583" in axes.get_xlabel()
+    assert axes.lines[0].get_xdata()[0] == pytest.approx(7 / 12)
+    assert axes.yaxis_inverted()
+    assert axes.get_xlim() == (0, 1)
+
+
+def test_sparsity_over_epochs():
+    axes = labelled(figures.sparsity_over_epochs(EVENTS))
+    assert legend(axes) == ["model", "camera", "lidar", "shared"]
+    assert [list(line.get_xdata()) for line in axes.lines] == [[0, 3]] * 4
+    expected = [[0.75, 7 / 12], [0.5, 1 / 3], [1.0, 0.75], [1.0, 1.0]]
+    assert [line.get_ydata() for line in axes.lines] == [pytest.approx(shares) for shares in expected]
+    assert len({line.get_color() for line in axes.lines}) == 4
+    assert len({line.get_marker() for line in axes.lines}) == 4
+    assert axes.get_ylabel() == "share of weights kept"
+    assert axes.get_ylim() == (0, 1)
+
+
+def test_importance_against_redundancy():
+    axes = labelled(figures.importance_against_redundancy(components(), MASKS))
+    assert legend(axes) == [
+        "camera, pruned",
+        "camera, kept",
+        "shared, pruned",
+        "shared, kept",
+        "lidar, pruned",
+        "lidar, kept",
+    ]
+    points = {each.get_label(): sorted(map(tuple, each.get_offsets().tolist())) for each in axes.collections}
+    # camera: of weights 1, 2, 3, 4 and 1, 2 the first and the last are kept; redundancy is three times DeCI.
+    assert points["camera, kept"] == [(1, 3), (2, 6)]
+    assert points["camera, pruned"] == [(1, 3), (2, 6), (3, 9), (4, 12)]
+    assert points["lidar, kept"] == [(1, 2), (2, 4), (3, 6)]
+    assert points["shared, kept"] == [(1, 5), (2, 10)]
+    assert points["shared, pruned"] == []
+    hollow = [len(each.get_facecolor()) == 0 for each in axes.collections]
+    assert hollow == [True, False] * 3
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    assert axes.get_ylabel().startswith("ReRI")
+
+
+def test_points_that_a_log_axis_cannot_show_are_left_out():
+    zeros = components()
+    zeros.deci["lidar.weight"][0] = 0
+    zeros.reri["camera"]["lidar.weight"][1] = 0
+    axes = figures.importance_against_redundancy(zeros, MASKS).axes[0]
+    points = {each.get_label(): each.get_offsets().tolist() for each in axes.collections}
+    assert points["lidar, kept"] == [[3, 6]]
+
+
+def test_a_large_model_is_sampled():
+    masks = Masks({name: torch.ones(9000, dtype=torch.bool) for name in GROUP_OF})
+    value = {name: torch.rand(9000, generator=torch.Generator().manual_seed(1)) + 0.1 for name in GROUP_OF}
+    axes = figures.importance_against_redundancy(
+        Components(value, {"camera": value}, GROUP_OF, {}), masks
+    ).axes[0]
+    assert sum(len(each.get_offsets()) for each in axes.collections) == 3 * (4000 // 3)
+
+
+def test_what_is_drawn_depends_on_what_there_is():
+    assert list(figures.draw(REPORT, [], None, None)) == ["kept_per_layer"]
+    assert list(figures.draw(REPORT, EVENTS, None, MASKS)) == ["kept_per_layer", "sparsity_over_epochs"]
+    assert list(figures.draw(REPORT, EVENTS, components(), MASKS)) == [
+        "kept_per_layer",
+        "sparsity_over_epochs",
+        "importance_against_redundancy",
+    ]
+
+
+def test_save_writes_images(tmp_path):
+    drawn = figures.draw(REPORT, EVENTS, components(), MASKS)
+    figures.save(drawn, tmp_path / "new" / "folder")
+    written = sorted((tmp_path / "new" / "folder").iterdir())
+    assert [path.name for path in written] == [f"{name}.png" for name in sorted(drawn)]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+
+
+def test_many_modalities_have_colours_of_their_own():
+    names = [f"m{i}" for i in range(7)]
+    masks = Masks({f"{name}.weight": torch.ones(2, dtype=torch.bool) for name in [*names, "shared"]})
+    report = SparsityReport.of(masks, {f"{name}.weight": name for name in [*names, "shared"]})
+    axes = figures.kept_per_layer(report).axes[0]
+    assert len({tuple(bar.get_facecolor()) for bar in axes.patches}) == 8
+
+
+def test_without_matplotlib_nothing_is_drawn(monkeypatch, tmp_path):
+    from altermoma_pl.callback.state import PruningState
+    from tests.lightning_models import trainer
+
+    assert figures.available()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert not figures.available()
+    state = PruningState(MASKS, GROUP_OF)
+    announcement.show_figures(trainer(), state, None, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

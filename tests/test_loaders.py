@@ -25,6 +25,10 @@ class Seen(Fusion):
 SEEN: list[tuple[int, float]] = []
 
 
+def own_generator(seed: int) -> Any:
+    return loader(seed=seed, shuffle=True, generator=torch.Generator().manual_seed(seed))
+
+
 @pytest.fixture(autouse=True)
 def nothing_seen():
     SEEN.clear()
@@ -107,13 +111,16 @@ def test_limits_hold_for_each_loader():
         lambda: {"a": loader(seed=1), "b": loader(16, seed=2)},
         lambda: [loader(seed=1), loader(16, seed=2)],
         lambda: CombinedLoader({"a": loader(seed=1), "b": loader(16, seed=2)}, "max_size_cycle"),
+        lambda: [own_generator(1), {"b": own_generator(2)}],
     ],
-    ids=["dict", "list", "combined"],
+    ids=["dict", "list", "combined", "own_generators"],
 )
 def test_several_training_loaders(make):
     class Both(Fusion):
         def loss(self, batch: Any) -> torch.Tensor:
-            parts = list(batch.values()) if isinstance(batch, dict) else batch
+            parts = list(batch.values()) if isinstance(batch, dict) else list(batch)
+            if isinstance(parts[-1], dict):
+                parts[-1] = parts[-1]["b"]
             if isinstance(parts[0], torch.Tensor):
                 return super().loss(parts)
             return super().loss(parts[0]) + super().loss(parts[1])

@@ -143,7 +143,9 @@ def _private(loader: Any) -> Any:
 
 
 def _generators(loader: Any) -> list[torch.Generator]:
-    """The loader's own generators: its own, its sampler's, its batch sampler's."""
+    """The loader's own generators: its own, its sampler's, its batch sampler's; those of several loaders."""
+    if isinstance(loader, _Combined):
+        return [generator for part in loader.combined.flattened for generator in _generators(part)]
     owners = [loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
     owners.append(getattr(owners[-1], "sampler", None))
     found = {id(g): g for o in owners if isinstance(g := getattr(o, "generator", None), torch.Generator)}

@@ -131,6 +131,34 @@ def test_manual_optimization_with_two_optimizers():
     assert num_zeros(module) == 96
 
 
+def test_zeros_stay_zero_where_gradients_come_unmasked():
+    """With raw optimizers Lightning has no hook before the step: momentum alone would move weights."""
+
+    class Raw(Manual):
+        def optimizers(self, use_pl_optimizer: bool = False) -> Any:
+            return super().optimizers(use_pl_optimizer=False)
+
+    callback = pruner(sparsity=0.8, schedule=Linear(0, 1))
+    module, watch = Raw(), Watch(callback)
+    fit(module, callback, watch)
+    assert (watch.steps, watch.violations) == (24, 0)
+    assert num_zeros(module) == 96
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_zeros_stay_zero_where_a_later_hook_changes_gradients(optimizer):
+    class Noisy(Fusion):
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            for parameter in self.parameters():
+                parameter.grad += 0.1
+
+    callback = pruner(sparsity=0.8, schedule=Linear(0, 1))
+    module, watch = Noisy(optimizer), Watch(callback)
+    fit(module, callback, watch)
+    assert (watch.steps, watch.violations) == (12, 0)
+    assert num_zeros(module) == 96
+
+
 def test_gradients_of_pruned_weights_take_no_part_in_clipping():
     class Norms(Callback):
         def __init__(self) -> None:

@@ -1,5 +1,6 @@
 """Where the batches for scoring come from, and what happens to each on its way."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -23,6 +24,10 @@ class Seen(Fusion):
 
 
 SEEN: list[tuple[int, float]] = []
+
+
+def own_generator(seed: int) -> Any:
+    return loader(seed=seed, shuffle=True, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(autouse=True)
@@ -107,13 +112,16 @@ def test_limits_hold_for_each_loader():
         lambda: {"a": loader(seed=1), "b": loader(16, seed=2)},
         lambda: [loader(seed=1), loader(16, seed=2)],
         lambda: CombinedLoader({"a": loader(seed=1), "b": loader(16, seed=2)}, "max_size_cycle"),
+        lambda: [own_generator(1), {"b": own_generator(2)}],
     ],
-    ids=["dict", "list", "combined"],
+    ids=["dict", "list", "combined", "own_generators"],
 )
 def test_several_training_loaders(make):
     class Both(Fusion):
         def loss(self, batch: Any) -> torch.Tensor:
-            parts = list(batch.values()) if isinstance(batch, dict) else batch
+            parts = list(batch.values()) if isinstance(batch, dict) else list(batch)
+            if isinstance(parts[-1], dict):
+                parts[-1] = parts[-1]["b"]
             if isinstance(parts[0], torch.Tensor):
                 return super().loss(parts)
             return super().loss(parts[0]) + super().loss(parts[1])
@@ -262,3 +270,54 @@ def test_the_functions_need_no_callback():
     lengths: list[int] = []
     fit(Own(), train=loader(24), max_epochs=1)
     assert lengths == [4, 3, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overridden", [True, False])
+def test_pytorch_lightning_and_its_datamodules(overridden):
+    import pytorch_lightning as pl
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.camera, self.lidar = torch.nn.Linear(3, 4), torch.nn.Linear(3, 4)
+
+        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            calls.append("module")
+            return batch
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            calls.append("step")
+            self.log("train_loss", 1.0)
+            return (self.camera(batch[0][:, :3]) + self.lidar(batch[0][:, 3:])).square().mean()
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            calls.append("step")
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    class PlainData(pl.LightningDataModule):
+        train_dataloader, val_dataloader = Data.train_dataloader, Data.val_dataloader
+
+    class OwnData(PlainData):
+        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            calls.append("data")
+            return batch
+
+    calls: list[str] = []
+    callback = pruner()
+    options = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    built = pl.Trainer(
+        max_epochs=2, accelerator="cpu", enable_progress_bar=False, callbacks=[callback], **options
+    )
+    data = OwnData() if overridden else PlainData()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You have overridden `on_before_batch_transfer` in both")
+        warnings.filterwarnings("ignore", ".*does not have many workers")
+        warnings.filterwarnings(
+            "ignore", "You have overridden `on_before_batch_transfer` in `LightningModule`"
+        )
+        built.fit(Module(), datamodule=data)
+    assert callback.masks.num_kept == 12
+    assert ["data" if overridden else "module", "step"] * (len(calls) // 2) == calls

@@ -3,8 +3,11 @@
 from typing import Any
 
 import pytest
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
+from altermoma_pl.callback import progress
 from altermoma_pl.callback.progress import _RichBar, _TqdmBar, no_progress, scoring_bar
 from tests.lightning_models import Fusion, fit, num_zeros, pruner, short, trainer
 
@@ -43,14 +46,50 @@ def test_rich_shows_each_phase_and_removes_it(capsys):
     assert num_zeros(module) == 60
 
 
-@pytest.mark.parametrize("bar", [TQDMProgressBar, RichProgressBar], ids=["tqdm", "rich"])
-def test_a_bar_is_closed_after_an_error(bar, capsys):
-    class Fails(Fusion):
-        def pruning_loss(self, batch: Any, batch_idx: int) -> Any:
+class Fails(Fusion):
+    def pruning_loss(self, batch: Any, batch_idx: int) -> Any:
+        if batch_idx == 1:
             raise RuntimeError("in the loss")
+        return self.loss(batch)
 
+
+def test_tqdm_is_closed_also_after_an_error(monkeypatch):
+    class Recorded(Tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+        def close(self) -> None:
+            closed.add(id(self))
+            super().close()
+
+    made: list[Any] = []
+    closed: set[int] = set()
+    monkeypatch.setattr(progress, "Tqdm", Recorded)
+    fit(Fusion(), pruner(), TQDMProgressBar(), enable_progress_bar=True)
+    assert (len(made), len(closed)) == (7, 7)  # phases
     with pytest.raises(RuntimeError, match="in the loss"):
-        fit(Fails(), pruner(), bar(), enable_progress_bar=True)
+        fit(Fails(), pruner(), TQDMProgressBar(), enable_progress_bar=True)
+    assert (len(made), len(closed)) == (8, 8)
+
+
+def test_rich_has_no_task_left_also_after_an_error():
+    class Look(Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            tasks.append([task.description for task in bar.progress.tasks])
+
+        def on_exception(self, *_: Any) -> None:
+            tasks.append([task.description for task in bar.progress.tasks])
+
+    tasks: list[list[str]] = []
+    bar = RichProgressBar()
+    fit(Fusion(), pruner(), bar, Look(), enable_progress_bar=True)
+    assert len(tasks) == 12
+    bar = RichProgressBar()
+    with pytest.raises(RuntimeError, match="in the loss"):
+        fit(Fails(), Look(), pruner(), bar, enable_progress_bar=True)
+    assert len(tasks) == 12 + 4 + 1
+    assert not [name for each in tasks for name in each if "Scoring" in name]
 
 
 def test_a_bar_of_the_users_own_is_left_alone(capsys):
@@ -77,9 +116,9 @@ def test_a_disabled_bar_shows_nothing(capsys):
 
 
 def test_scoring_bar_without_a_trainers_bar_yields_nothing():
-    with scoring_bar(trainer()) as progress:
-        assert progress is no_progress
-        assert progress("phase", 0, None) is None
+    with scoring_bar(trainer()) as show:
+        assert show is no_progress
+        assert show("phase", 0, None) is None
 
 
 def test_tqdm_counts_up_and_restarts_with_each_phase(capsys):
@@ -98,14 +137,14 @@ def test_tqdm_counts_up_and_restarts_with_each_phase(capsys):
 def test_rich_counts_up_and_restarts_with_each_phase():
     from rich.progress import Progress
 
-    progress = Progress(disable=True)
-    bar = _RichBar(progress)
+    shown = Progress(disable=True)
+    bar = _RichBar(shown)
     bar.show("first", 2, 3)
-    assert [(task.description, task.completed, task.total) for task in progress.tasks] == [
+    assert [(task.description, task.completed, task.total) for task in shown.tasks] == [
         ("Scoring: first", 2, 3)
     ]
     bar.show("second", 1, None)
-    assert [(task.description, task.completed) for task in progress.tasks] == [("Scoring: second", 1)]
-    assert progress.tasks[0].total == float("inf")
+    assert [(task.description, task.completed) for task in shown.tasks] == [("Scoring: second", 1)]
+    assert shown.tasks[0].total == float("inf")
     bar.close()
-    assert progress.tasks == []
+    assert shown.tasks == []

@@ -9,12 +9,14 @@ from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader
 
 ProbeLoader = Literal["auto", "calibration", "validation", "training"]
+
+# Where the hooks of datamodules are that do nothing; the classes of the two packages are distinct.
+_HOOKS = ("lightning.pytorch.core.hooks", "pytorch_lightning.core.hooks")
 
 
 class Batches:
@@ -145,7 +147,9 @@ def _private(loader: Any) -> Any:
 
 
 def _generators(loader: Any) -> list[torch.Generator]:
-    """The loader's own generators: its own, its sampler's, its batch sampler's."""
+    """The loader's own generators: its own, its sampler's, its batch sampler's; those of several loaders."""
+    if isinstance(loader, _Combined):
+        return [generator for part in loader.combined.flattened for generator in _generators(part)]
     owners = [loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
     owners.append(getattr(owners[-1], "sampler", None))
     found = {id(g): g for o in owners if isinstance(g := getattr(o, "generator", None), torch.Generator)}
@@ -162,9 +166,8 @@ def _to_device(trainer: Trainer, batch: Any) -> Any:
     """What the training loop does to a batch before training_step."""
     batch = trainer.precision_plugin.convert_input(batch)
     datamodule = getattr(trainer, "datamodule", None)
-    overridden = isinstance(datamodule, LightningDataModule) and is_overridden(
-        "on_before_batch_transfer", datamodule
-    )
+    own = getattr(type(datamodule), "on_before_batch_transfer", None)
+    overridden = own is not None and own.__module__ not in _HOOKS
     hooks: Any = datamodule if overridden else trainer.lightning_module
     batch = hooks.on_before_batch_transfer(batch, 0)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)

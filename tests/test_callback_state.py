@@ -313,11 +313,29 @@ def test_a_later_schedule_goes_on_from_what_is_pruned(folder):
     assert num_zeros(module) == 96
 
 
+@pytest.mark.filterwarnings("ignore:(DeCI|ReRI) of the group")
 def test_masks_only_shrink_over_a_resume(folder):
     first = PruningState.from_state_dict(torch.load(at(folder, 0), weights_only=True)["callbacks"][KEY])
     callback = pruner(sparsity=0.8, schedule=Cubic(0, 2), seed=5)
     resumed(at(folder, 0), Steady(), callback, max_epochs=3)
     assert callback.masks.is_subset_of(first.masks)
+
+
+def test_masks_of_another_run_are_refused_for_a_new_model():
+    callback = pruner(schedule=OneShot(0))
+    fit(Steady(), callback, max_epochs=1)
+    fresh = Steady()
+    before = {name: value.clone() for name, value in fresh.state_dict().items()}
+    with pytest.raises(ValueError, match="give a new model a new callback"):
+        fit(fresh, callback, max_epochs=1)
+    assert all(torch.equal(value, before[name]) for name, value in fresh.state_dict().items())
+
+
+def test_a_run_that_ends_before_the_last_event_says_so():
+    callback = pruner(schedule=Cubic(0, 5))
+    with pytest.warns(UserWarning, match="training ended at a sparsity of .* the last event of Cubic"):
+        fit(Steady(), callback, max_epochs=-1, max_steps=2)
+    assert callback.masks.sparsity < 0.5
 
 
 # Saving.

@@ -11,7 +11,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
 from altermoma_pl.callback.announcement import announce, folder_for, show_figures
-from altermoma_pl.callback.checks import check_masks, check_not_empty, check_not_late, check_options
+from altermoma_pl.callback.checks import (
+    check_masks,
+    check_not_empty,
+    check_not_late,
+    check_options,
+    warn_if_short,
+)
 from altermoma_pl.callback.enforcement import Enforcement
 from altermoma_pl.callback.loaders import ProbeLoader, probe_batches, training_batches
 from altermoma_pl.callback.loss import check_loss, loss_function
@@ -175,9 +181,8 @@ class AlterMOMACallback(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Catch up: a run resumed at the end of an epoch may enter the next without its start hook."""
-        if batch_idx == 0:
-            self.on_train_epoch_start(trainer, pl_module)
+        """Catch up: a resumed run may enter an epoch without its start hook."""
+        self.on_train_epoch_start(trainer, pl_module)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
@@ -194,8 +199,9 @@ class AlterMOMACallback(Callback):
             self._enforcement.hold_()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let go of the optimizers."""
+        """Let go of the optimizers, and say so if training ended before the last event."""
         self._release()
+        warn_if_short(self.schedule, self.report(), self._final_count())
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let go of the optimizers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import get_args
 
@@ -42,7 +43,7 @@ def check_options(
 
 
 def check_masks(masks: Masks, calibration: Calibration) -> None:
-    """Raise a `ValueError` if loaded masks are not those of the model's prunable weights."""
+    """Raise a `ValueError` if masks are not those of the model's prunable weights, or weights disagree."""
     if masks.keys() != calibration.weights.keys():
         raise ValueError(
             f"the loaded masks and this model's prunable weights differ in "
@@ -50,6 +51,12 @@ def check_masks(masks: Masks, calibration: Calibration) -> None:
             f"modalities and prunable patterns that the masks were made for"
         )
     masks.check_fits(calibration.model)
+    for name, weight in calibration.weights.items():
+        if weight.detach()[~masks[name].to(weight.device)].count_nonzero():
+            raise ValueError(
+                f"{name!r} is not zero where the masks that this callback holds prune it: they are of "
+                f"another run; give a new model a new callback, or resume from a checkpoint that has both"
+            )
 
 
 def check_not_empty(batches: Batches, kind: str) -> None:
@@ -68,4 +75,14 @@ def check_not_late(schedule: Schedule, epoch: int, report: SparsityReport, final
             f"the last event of {schedule} is at epoch {schedule.last_epoch}, but this run goes on at epoch "
             f"{epoch} with {report.total.num_kept} weights, and the target keeps {final_count}: let the "
             f"schedule end later"
+        )
+
+
+def warn_if_short(schedule: Schedule, report: SparsityReport, final_count: int) -> None:
+    """Warn if training ended before the last event, for example by `max_steps` or `max_time`."""
+    if report.total.num_kept > final_count:
+        warnings.warn(
+            f"training ended at a sparsity of {report.sparsity:.4g} with {report.total.num_kept} weights, "
+            f"the target keeps {final_count}: the last event of {schedule} is at epoch {schedule.last_epoch}",
+            stacklevel=3,
         )

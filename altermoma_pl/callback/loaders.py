@@ -110,8 +110,7 @@ class _Combined:
             yield batch
 
     def __len__(self) -> int:
-        iter(self.combined)  # its length is known only then
-        return len(self.combined)
+        return max(len(loader) for loader in self.combined.flattened)  # as it will be in this mode
 
 
 def _calibration_hook(trainer: Trainer, module: LightningModule) -> Any:

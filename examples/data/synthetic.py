@@ -17,10 +17,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +45,6 @@ STATIC_MAPS = ("drivable", "sidewalk", "lane")
 _FOLDERS = ("image_2", "velodyne", "calib", "label_2", "map")
 # Part of the cache's key: raise it when the generated files change.
 _VERSION = 1
-_FRAMES_PER_WORKER = 100
 
 
 @dataclass(frozen=True)
@@ -87,8 +85,7 @@ def generate(config: SyntheticConfig, cache_dir: Path, num_workers: int | None =
     Args:
         config: What to write.
         cache_dir: Folder of all data sets; made if missing.
-        num_workers: Processes; the files do not depend on it. Default: one per CPU, and fewer for
-            a small data set.
+        num_workers: Threads; the files do not depend on it. Default: one per CPU.
 
     Returns:
         The KITTI root.
@@ -121,15 +118,10 @@ def _write_dataset(root: Path, config: SyntheticConfig, num_workers: int | None)
     for split, members in splits.items():
         (root / "ImageSets" / f"{split}.txt").write_text("\n".join(members))
     write = partial(write_frame, root, config)
-    if num_workers is None:
-        num_workers = min(os.cpu_count() or 1, total // _FRAMES_PER_WORKER)
-    if num_workers <= 1:
-        for index in range(total):
-            write(index)
-        return
-    # Not a fork: the parent may hold torch's threads.
-    with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
-        list(pool.map(write, range(total), chunksize=16))
+    # Threads, not processes: numpy and PNG release the interpreter most of the time, and a spawned
+    # process would run an unguarded main script again.
+    with ThreadPoolExecutor(num_workers or os.cpu_count()) as pool:
+        list(pool.map(write, range(total)))
 
 
 def write_frame(root: Path, config: SyntheticConfig, index: int) -> None:

@@ -77,7 +77,7 @@ def _check_scores(scores: Mapping[str, Tensor], within: Masks | None) -> None:
     if within is not None:
         _check_alike(scores, within, "mask")
     for name, score in scores.items():
-        live = score if within is None else score[within[name]]
+        live = score if within is None else score[within[name].to(score.device)]
         if not torch.isfinite(live).all():
             raise ValueError(
                 f"score of {name!r} is not finite at {int((~torch.isfinite(live)).sum())} weights"
@@ -159,9 +159,9 @@ def _keep_best(
             f"sparsity {sparsity:.6g} of {label} keeps {count} of {total} weights, but "
             f"min_density={min_density:g} protects {sum(floors)}: lower one of them"
         )
-    flat = _flat(scores)
-    second = _flat(ties) if ties else None
-    open_ = _flat(candidates)
+    device = scores[0].device
+    flat, open_ = _flat(scores, device), _flat(candidates, device)
+    second = _flat(ties, device) if ties else None
     kept = torch.zeros_like(open_)
     start = 0
     for score, floor in zip(scores, floors, strict=True):
@@ -177,8 +177,8 @@ def _floor(size: int, alive: int, min_density: float) -> int:
     return min(alive, max(1, math.ceil(min_density * size))) if min_density > 0 else 0
 
 
-def _flat(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([t.detach().flatten().to(tensors[0].device) for t in tensors])
+def _flat(tensors: list[Tensor], device: torch.device) -> Tensor:
+    return torch.cat([t.detach().flatten().to(device) for t in tensors])
 
 
 def _best(values: Tensor, candidates: Tensor, count: int, ties: Tensor | None) -> Tensor:

@@ -179,7 +179,7 @@ def test_a_schedule_that_just_fits_is_fine():
 def test_several_devices():
     callback = pruner()
     built = trainer(callback, devices=2, strategy="ddp_spawn")
-    with pytest.raises(ValueError, match="runs on one device, the Trainer has 2: set devices=1, num_nodes=1"):
+    with pytest.raises(ValueError, match="needs one device, not 2: set devices=1"):
         callback.setup(built, Fusion(), "fit")
     callback.setup(built, Fusion(), "test")
     assert callback.masks is None
@@ -388,3 +388,8 @@ def test_lazy_layers_without_shapes():
     with pytest.raises(ValueError, match="has no shape yet: run one batch through the lazy layers"):
         fit(Lazy(), callback)
     assert callback.masks is None
+
+
+def test_hooks_without_on_fit_start():
+    with pytest.raises(RuntimeError, match="on_fit_start of this fit did not run"):
+        pruner(schedule=OneShot(0)).on_train_epoch_start(trainer(), Fusion())

@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 
 from altermoma_pl.callback.announcement import announce, folder_for, show_figures
 from altermoma_pl.callback.checks import (
-    check_masks,
     check_not_empty,
     check_not_late,
     check_options,
+    check_zeros,
     warn_if_short,
 )
 from altermoma_pl.callback.enforcement import Enforcement
@@ -137,10 +137,7 @@ class AlterMOMACallback(Callback):
         if stage != "fit":
             return
         if trainer.world_size > 1:
-            raise ValueError(
-                f"AlterMOMACallback runs on one device, the Trainer has {trainer.world_size}: set "
-                f"devices=1, num_nodes=1"
-            )
+            raise ValueError(f"AlterMOMACallback needs one device, not {trainer.world_size}: set devices=1")
         last, epochs = self.schedule.last_epoch, trainer.max_epochs
         if epochs is not None and epochs >= 0 and last >= epochs and not _is_trial(trainer):
             raise ValueError(
@@ -153,9 +150,8 @@ class AlterMOMACallback(Callback):
         """Find modalities and weights, take up loaded masks, and hold them from now on."""
         calibration = self._calibration(trainer, pl_module)
         if self._state.masks is not None:
-            check_masks(self._state.masks, calibration)
-        masks = self._state.masks or Masks.dense(calibration.weights)
-        self._state.masks = masks.to(pl_module)
+            check_zeros(self._state.masks, calibration)
+        self._state.masks = (self._state.masks or Masks.dense(calibration.weights)).to(pl_module)
         self._state.group_of = calibration.group_of
         self._final_count()  # raises if floors or earlier masks leave no room for the last event
         self._enforcement = Enforcement(pl_module, self._state.masks, trainer.optimizers)
@@ -240,8 +236,8 @@ class AlterMOMACallback(Callback):
 
     def _final_count(self) -> int:
         """How many weights the last event keeps; it does not depend on their scores."""
-        equal = {name: torch.zeros(mask.shape) for name, mask in (self._state.masks or {}).items()}
         earlier, groups = self._state.masks, self._state.group_of
+        equal = {name: torch.zeros_like(m, dtype=torch.float32) for name, m in (earlier or {}).items()}
         return top_k(equal, self.sparsity, self.scope, earlier, self.min_density, groups).num_kept
 
     def _score(self, trainer: Trainer, module: LightningModule) -> tuple[Scores, Components | None]:

@@ -74,7 +74,10 @@ class Calibration:
             self.masks.check_fits(self.model)
             if self.masks.keys() != self.weights.keys():
                 difference = sorted(self.masks.keys() ^ self.weights.keys())
-                raise ValueError(f"masks and prunable weights differ in {difference}: each needs one mask")
+                raise ValueError(
+                    f"masks and prunable weights differ in {difference}: continue with the model, "
+                    f"modalities and prunable patterns that the masks were made for"
+                )
 
     @cached_property
     def groups(self) -> dict[str, tuple[str, ...]]:

@@ -412,6 +412,9 @@ def test_a_group_that_the_loss_ignores_is_an_error():
         ({"num_probe_batches": 0}, "num_probe_batches must be at least 1, got 0"),
         ({"num_reactivation_steps": -1}, "num_reactivation_steps must be at least 0, got -1"),
         ({"learning_rate": -0.1}, "learning_rate must be at least 0, got -0.1"),
+        ({"learning_rate": float("inf")}, "learning_rate must be finite, got inf"),
+        ({"alpha": float("nan")}, "alpha must be finite, got nan"),
+        ({"beta": float("-inf")}, "beta must be finite, got -inf"),
         ({"gradient_clip": 0}, "gradient_clip must be positive or None, got 0"),
         (
             {"beta": -1.0},

@@ -6,6 +6,7 @@ Alternative Modality Masking", NeurIPS 2024, arXiv 2409.17728. Equation numbers 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -48,8 +49,9 @@ class AlterEva(Criterion):
 
     DeCI is |theta * g| with all modalities active. For ReRI one modality at a time is deactivated,
     the rest is trained for a few steps ("reactivation"), and what changes in the gradients of the rest
-    is what the deactivated modality had made redundant. The defaults are a low-noise version of the
-    published algorithm; `AlterEva.paper()` is the algorithm to the letter.
+    is what the deactivated modality had made redundant. `AlterEva.paper()` is the published algorithm
+    to the letter; the defaults differ from it: many probe batches instead of one, and ReRI is the
+    importance after reactivation and discounts DeCI instead of being subtracted.
 
     Args:
         alpha: Weight of DeCI.
@@ -97,14 +99,17 @@ class AlterEva(Criterion):
             allowed = get_args(hint)
             if name in _CHOICES and getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {list(allowed)}, got {getattr(self, name)!r}")
-        if self.num_probe_batches < 1:
-            raise ValueError(f"num_probe_batches must be at least 1, got {self.num_probe_batches}")
-        if self.num_reactivation_steps < 0:
-            raise ValueError(f"num_reactivation_steps must be at least 0, got {self.num_reactivation_steps}")
-        if self.learning_rate < 0:
-            raise ValueError(f"learning_rate must be at least 0, got {self.learning_rate}")
-        if self.gradient_clip is not None and self.gradient_clip <= 0:
+        for name in ("alpha", "beta", "learning_rate"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
+        for name, least in (("num_probe_batches", 1), ("num_reactivation_steps", 0), ("learning_rate", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.gradient_clip is not None and not self.gradient_clip > 0:
             raise ValueError(f"gradient_clip must be positive or None, got {self.gradient_clip}")
+        self._check_together()
+
+    def _check_together(self) -> None:
         if self.combination == "discount" and not (self.alpha > 0 and self.beta >= 0):
             raise ValueError(
                 f"the combination 'discount' needs alpha > 0 and beta >= 0, got alpha={self.alpha}, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -99,9 +100,10 @@ class SparsityReport:
             table.caption_justify = "left"
         return table
 
-    def to_text(self, title: str = "Kept weights", width: int = 110) -> str:
-        """The table as plain text."""
-        console = Console(file=io.StringIO(), width=width, color_system=None)
+    def to_text(self, title: str = "Kept weights", width: int | None = None) -> str:
+        """The table as plain text, as wide as the terminal unless said otherwise."""
+        columns = width or shutil.get_terminal_size(fallback=(110, 24)).columns
+        console = Console(file=io.StringIO(), width=columns, color_system=None)
         with console.capture() as capture:
             console.print(self.table(title))
         return capture.get().rstrip()

@@ -161,7 +161,7 @@ def selects(patterns: Sequence[str], *names: str) -> bool:
     return taken and not any(_matches(p[1:], n) for p in patterns if p.startswith("!") for n in names)
 
 
-def is_constant(module: nn.Module, leaf: str, parameter: nn.Parameter) -> bool:
+def is_constant(leaf: str, parameter: nn.Parameter) -> bool:
     """Whether a parameter is geometry (a frustum, a grid, indices) rather than something learned.
 
     Such tensors are integers, or frozen and not a weight or bias: zeroing them gives divisions by
@@ -184,14 +184,12 @@ def _parameter_aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """First name of each learned parameter -> all of its names."""
     first: dict[int, str] = {}
     aliases: dict[str, list[str]] = {}
-    modules = dict(model.named_modules(remove_duplicate=False))
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if isinstance(parameter, UninitializedParameter):
             raise ValueError(
                 f"parameter {name!r} has no shape yet: run one batch through the lazy layers first"
             )
-        owner, _, leaf = name.rpartition(".")
-        if not is_constant(modules[owner], leaf, parameter):
+        if not is_constant(name.rpartition(".")[2], parameter):
             aliases.setdefault(first.setdefault(id(parameter), name), []).append(name)
     return {name: tuple(names) for name, names in aliases.items()}
 

@@ -159,7 +159,7 @@ def test_geometry_constants_belong_to_nothing():
     ],
 )
 def test_what_is_a_constant(leaf, value, requires_grad, constant):
-    assert is_constant(nn.Module(), leaf, nn.Parameter(value, requires_grad=requires_grad)) is constant
+    assert is_constant(leaf, nn.Parameter(value, requires_grad=requires_grad)) is constant
 
 
 def test_a_frozen_tower_is_a_modality_but_has_nothing_to_prune():

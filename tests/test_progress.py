@@ -8,7 +8,8 @@ from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgre
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from altermoma_pl.callback import progress
-from altermoma_pl.callback.progress import _RichBar, _TqdmBar, no_progress, scoring_bar
+from altermoma_pl.callback.progress import _RichBar, _TqdmBar, scoring_bar
+from altermoma_pl.criteria.base import no_progress
 from tests.lightning_models import Fusion, fit, num_zeros, pruner, short, trainer
 
 PHASES = (

@@ -21,10 +21,11 @@ from altermoma_pl.callback.checks import (
 from altermoma_pl.callback.enforcement import Enforcement
 from altermoma_pl.callback.loaders import ProbeLoader, probe_batches, training_batches
 from altermoma_pl.callback.loss import check_loss, loss_function
-from altermoma_pl.callback.progress import Progress, no_progress, scoring_bar
+from altermoma_pl.callback.progress import scoring_bar
 from altermoma_pl.callback.state import PruningState
 from altermoma_pl.contexts import generators_restored, seed_generators
 from altermoma_pl.criteria import AlterEva, Calibration, Components, Criterion, Scores
+from altermoma_pl.criteria.base import Progress, no_progress
 from altermoma_pl.masks import Masks
 from altermoma_pl.modality import Modalities
 from altermoma_pl.report import SparsityReport
@@ -39,9 +40,9 @@ class AlterMOMACallback(Callback):
 
     An event of the schedule happens in `on_train_epoch_start`, before the first batch of its epoch:
     the weights are scored on held-out batches, ranked, masked, and the optimizers' moments of pruned
-    weights set to zero. Scoring leaves the run as it was, bit for bit. From then on weights are
-    multiplied by their masks after every optimizer step, and gradients before clipping. Masks are saved
-    in the checkpoint, beside a plain `state_dict` that loads without this package.
+    weights set to zero. Scoring leaves the run as it was, bit for bit. From then on pruned
+    weights are set to zero after every optimizer step, and their gradients before clipping. Masks are
+    saved in the checkpoint, beside a plain `state_dict` that loads without this package.
 
     The loss is the module's own: `pruning_loss(batch, batch_idx)` where the module has it, else
     `training_step`, with `self.log` silenced. Modules with manual optimization need `pruning_loss`.

@@ -13,7 +13,7 @@ from altermoma_pl.masks import Masks
 
 
 class Enforcement:
-    """Multiplies weights by their masks after every step of every optimizer.
+    """Sets pruned weights to zero after every step of every optimizer.
 
     The step post hook is the one place that is reached after each real step, in automatic and manual
     optimization, with accumulation, and not after a step that a gradient scaler skips.

@@ -103,7 +103,8 @@ class _Combined:
     """Several training loaders as Lightning combines them by default: until the longest ends."""
 
     def __init__(self, loaders: Any) -> None:
-        self.combined = CombinedLoader(torch.utils._pytree.tree_map(_private, loaders), "max_size_cycle")
+        self.combined = CombinedLoader(loaders, "max_size_cycle")
+        self.combined.flattened = [_private(loader) for loader in self.combined.flattened]
 
     def __iter__(self) -> Iterator[Any]:
         for batch, _, _ in self.combined:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,11 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-Progress = Callable[[str, int, int | None], None]
-
-
-def no_progress(phase: str, done: int, total: int | None) -> None:
-    """Nobody watches."""
+from altermoma_pl.criteria.base import Progress, no_progress
 
 
 @contextmanager

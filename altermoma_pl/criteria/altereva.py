@@ -185,7 +185,7 @@ class AlterEva(Criterion):
             masks: What was pruned at that time; sums and means run over live weights only.
 
         Raises:
-            ValueError: If DeCI of a group is zero.
+            ValueError: If DeCI of a group is zero of which nothing was pruned.
         """
         _check_contribution(components, masks)
         redundancy = self._redundancy(components, masks)

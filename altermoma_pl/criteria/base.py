@@ -23,6 +23,10 @@ LossFunction = Callable[[nn.Module, Any], Tensor]
 """`loss_fn(model, batch)` returns a scalar that depends on the model's parameters."""
 
 
+Progress = Callable[[str, int, int | None], None]
+"""Called with a phase, the number of its batches done and their total if known."""
+
+
 def known_length(batches: Iterable[Any]) -> int | None:
     """Their number, if known: loaders of iterable datasets have `len`, and it raises."""
     try:
@@ -31,7 +35,7 @@ def known_length(batches: Iterable[Any]) -> int | None:
         return None
 
 
-def _no_progress(phase: str, done: int, total: int | None) -> None:
+def no_progress(phase: str, done: int, total: int | None) -> None:
     """Nobody watches."""
 
 
@@ -64,7 +68,7 @@ class Calibration:
     prunable: Sequence[str] = ()
     masks: Masks | None = None
     seed: int = 0
-    progress: Callable[[str, int, int | None], None] = field(default=_no_progress, repr=False)
+    progress: Progress = field(default=no_progress, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.modalities, Modalities):

@@ -140,7 +140,7 @@ def test_configuration_is_accepted_by_run(name):
 
 
 @pytest.mark.filterwarnings("ignore:.* batches were asked for")
-def test_fit_configuration_prunes_a_dense_checkpoint(result, cache, tmp_path, monkeypatch):
+def test_fit_configuration_prunes_a_dense_checkpoint(result, cache, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["altermoma"])
     main(
         [
@@ -158,4 +158,5 @@ def test_fit_configuration_prunes_a_dense_checkpoint(result, cache, tmp_path, mo
             f"--trainer.default_root_dir={tmp_path}",
         ]
     )
+    assert "sparsity 0.9000" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []

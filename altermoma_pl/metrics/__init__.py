@@ -2,5 +2,6 @@
 
 from altermoma_pl.metrics.bev_iou import BEVIoU
 from altermoma_pl.metrics.centre_distance import CentreDistanceAP
+from altermoma_pl.metrics.nuscenes import NUSCENES_CLASSES, DetectionClass, NuScenesDetection
 
-__all__ = ["BEVIoU", "CentreDistanceAP"]
+__all__ = ["NUSCENES_CLASSES", "BEVIoU", "CentreDistanceAP", "DetectionClass", "NuScenesDetection"]

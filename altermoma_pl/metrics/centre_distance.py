@@ -6,11 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
-RECALL_POINTS = 101
-FIRST_POINT = 11  # recalls up to 10 % are noise and do not count
-MIN_PRECISION = 0.1
+from altermoma_pl.metrics.matching import (
+    average_precision,
+    by_score,
+    centre_distance,
+    check_side,
+    flat_rows,
+    greedy_match,
+    read_rows,
+)
 
 
 class CentreDistanceAP(Metric):
@@ -45,9 +50,7 @@ class CentreDistanceAP(Metric):
     higher_is_better = True
     full_state_update = False
 
-    scores: list[Tensor]
-    classes: list[Tensor]
-    matched: list[Tensor]
+    rows: list[Tensor]  # score, class, 1 or 0 per distance where it is a true positive
     num_targets: Tensor
 
     def __init__(
@@ -63,8 +66,7 @@ class CentreDistanceAP(Metric):
             raise ValueError(f"distances must be one or more positive numbers, got {distances}.")
         self.num_classes = num_classes
         self.distances = tuple(distances)
-        for name in ("scores", "classes", "matched"):
-            self.add_state(name, [], dist_reduce_fx="cat")
+        self.add_state("rows", [], dist_reduce_fx="cat")
         zeros = torch.zeros(num_classes, dtype=torch.int64)
         self.add_state("num_targets", zeros, dist_reduce_fx="sum")
 
@@ -92,15 +94,13 @@ class CentreDistanceAP(Metric):
         Raises:
             ValueError: The tensors of one side differ in length, or a class is out of range.
         """
-        self._check("predictions", centres, classes, (scores, frames))
-        self._check("targets", target_centres, target_classes, (target_frames,))
-        offset = centres[:, None, :2].float() - target_centres[:, :2].float()  # (P, M, 2)
-        distance = offset.norm(dim=2)
-        same = (classes[:, None] == target_classes) & (frames[:, None] == target_frames)
-        distance = distance.masked_fill(~same, torch.inf)
-        self.scores.append(scores.detach())
-        self.classes.append(classes)
-        self.matched.append(greedy_match(distance, scores, self.distances))
+        num = self.num_classes
+        check_side("predictions", "centres", centres, 2, classes, (scores, frames), num)
+        check_side("targets", "centres", target_centres, 2, target_classes, (target_frames,), num)
+        distance = centre_distance(centres, classes, frames, target_centres, target_classes, target_frames)
+        scores = scores.detach().float()  # as they are stored: ties must be the same in both places
+        taken = greedy_match(distance, scores, self.distances)
+        self.rows.append(flat_rows(scores, classes, taken >= 0))
         self.num_targets += torch.bincount(target_classes, minlength=self.num_classes)
 
     def compute(self) -> Tensor:
@@ -119,98 +119,12 @@ class CentreDistanceAP(Metric):
             return self._ap()
 
     def _ap(self) -> Tensor:
-        # On the CPU because the interpolation needs float64, which some accelerators lack.
-        num_targets = self.num_targets.tolist()
-        if not self.scores:
-            return torch.tensor([0.0 if num else torch.nan for num in num_targets])
-        classes = dim_zero_cat(self.classes).cpu()
-        matched = dim_zero_cat(self.matched).cpu().bool()
-        order = _by_score(dim_zero_cat(self.scores).cpu())
-        classes, matched = classes[order], matched[order]
+        rows = read_rows(self.rows, 2 + len(self.distances))
+        rows = rows[by_score(rows[:, 0])]
         values = [
-            torch.stack([average_precision(m, num) for m in matched[classes == c].T]).mean()
+            torch.stack([average_precision(m, num) for m in rows[rows[:, 1] == c, 2:].T]).mean()
             if num
             else torch.tensor(torch.nan)
-            for c, num in enumerate(num_targets)
+            for c, num in enumerate(self.num_targets.tolist())
         ]
         return torch.stack(values).to(self.num_targets.device)
-
-    def _check(self, side: str, centres: Tensor, classes: Tensor, others: Sequence[Tensor]) -> None:
-        if centres.ndim != 2 or centres.shape[1] < 2:
-            raise ValueError(f"Centres of the {side} must be (N, 2 or more), got {tuple(centres.shape)}.")
-        shapes = [tuple(tensor.shape) for tensor in (classes, *others)]
-        if any(shape != (len(centres),) for shape in shapes):
-            raise ValueError(
-                f"The {side} have {len(centres)} centres, so every other tensor of the {side} "
-                f"must have shape ({len(centres)},), got {shapes}."
-            )
-        if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < self.num_classes:
-            raise ValueError(
-                f"Classes of the {side} must lie in [0, {self.num_classes}), "
-                f"got {int(classes.min())} to {int(classes.max())}."
-            )
-
-
-def greedy_match(distance: Tensor, scores: Tensor, limits: Sequence[float]) -> Tensor:
-    """Let predictions take their closest free ground truth by descending score.
-
-    Args:
-        distance: (P, M), infinite where a pair may not match.
-        scores: (P,).
-        limits: T distances; a match is strictly nearer.
-
-    Returns:
-        (P, T), 1 where the prediction is a true positive at that limit. It is uint8 because not
-        every communication backend gathers booleans.
-    """
-    matched = torch.zeros(len(scores), len(limits), dtype=torch.uint8, device=distance.device)
-    if distance.numel() == 0:
-        return matched
-    limit = distance.new_tensor(limits)
-    free = torch.ones(len(limits), distance.shape[1], dtype=torch.bool, device=distance.device)
-    rows = torch.arange(len(limits), device=distance.device)
-    order = _by_score(scores)
-    # Predictions far from everything match nothing whatever is free: skipping them is exact.
-    for index in order[distance[order].amin(dim=1) < limit.max()].tolist():
-        nearest, taken = distance[index].where(free, torch.inf).min(dim=1)  # (T,), (T,)
-        hit = nearest < limit
-        matched[index] = hit
-        free[rows, taken] &= ~hit
-    return matched
-
-
-def average_precision(matched: Tensor, num_targets: int) -> Tensor:
-    """Average precision of one class at one distance.
-
-    Args:
-        matched: (P,), true positives by descending score.
-        num_targets: Number of ground truths, at least 1.
-
-    Returns:
-        A float32 scalar in [0, 1].
-    """
-    if not matched.any():
-        return torch.tensor(0.0)
-    tp = matched.double().cumsum(0)
-    precision = tp / torch.arange(1, len(tp) + 1)
-    points = torch.arange(RECALL_POINTS, dtype=torch.float64) * (1 / (RECALL_POINTS - 1))
-    sampled = _interpolate(points, tp / num_targets, precision)[FIRST_POINT:]
-    return ((sampled - MIN_PRECISION).clamp(min=0).mean() / (1 - MIN_PRECISION)).float()
-
-
-def _by_score(scores: Tensor) -> Tensor:
-    """Indices by descending score; among equals the larger index first, as on nuScenes."""
-    return len(scores) - 1 - scores.flip(0).argsort(descending=True, stable=True)
-
-
-def _interpolate(x: Tensor, xp: Tensor, fp: Tensor) -> Tensor:
-    """Piecewise linear fp(xp) at x: fp[0] on the left of xp, 0 on its right.
-
-    Where xp repeats a value, its last fp counts.
-    """
-    left = (torch.searchsorted(xp, x, right=True) - 1).clamp(min=0)
-    right = (left + 1).clamp(max=len(xp) - 1)
-    width = xp[right] - xp[left]
-    share = ((x - xp[left]) / width.where(width > 0, 1)).clamp(min=0)
-    value = fp[left] + share * (fp[right] - fp[left])
-    return value.where(x <= xp[-1], 0)

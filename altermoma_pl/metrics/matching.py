@@ -77,7 +77,7 @@ def centre_distance(
     """
     offset = centres[:, None, :2].float() - target_centres[:, :2].float()  # (P, M, 2)
     same = (classes[:, None] == target_classes) & (frames[:, None] == target_frames)
-    return torch.linalg.vector_norm(offset, dim=2).masked_fill(~same, torch.inf)
+    return offset[..., 0].hypot(offset[..., 1]).masked_fill(~same, torch.inf)
 
 
 def greedy_match(distance: Tensor, scores: Tensor, limits: Sequence[float]) -> Tensor:

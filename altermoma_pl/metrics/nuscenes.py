@@ -256,7 +256,7 @@ class NuScenesDetection(Metric):
 
     def _in_range(self, side: Boxes) -> Tensor:
         limits = side.boxes.new_tensor([entry.max_range for entry in self.classes])
-        return torch.linalg.vector_norm(side.boxes[:, :2], dim=1) < limits[side.classes]
+        return side.boxes[:, 0].hypot(side.boxes[:, 1]) < limits[side.classes]
 
     def _boxes(
         self,
@@ -270,12 +270,13 @@ class NuScenesDetection(Metric):
         if attributes is None:
             attributes = torch.full_like(classes, UNKNOWN)
         others = (frames, attributes, *others)
-        check_side(side, "boxes", boxes, 9 if self.velocity else 7, classes, others, len(self.classes))
+        width = 9 if self.velocity else 7
+        check_side(side, "boxes", boxes, width, classes, others, len(self.classes))
         if not (boxes[:, :7].isfinite().all() and (boxes[:, 3:6] > 0).all()):
             raise ValueError(
                 f"Boxes of the {side} must be finite with positive sizes (columns 3 to 5), got {boxes}."
             )
-        return Boxes(boxes.detach().float(), classes, frames, attributes)
+        return Boxes(boxes[:, :width].detach().float(), classes, frames, attributes)
 
     def _check_number(self, frames: Tensor) -> None:
         ordered, most = frames.sort().values, self.max_predictions

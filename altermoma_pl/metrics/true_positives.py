@@ -14,7 +14,7 @@ UNKNOWN = -1  # the attribute of a box without one
 class Boxes(NamedTuple):
     """Predictions or targets of an update."""
 
-    boxes: Tensor  # (N, 7 or more): x, y, z, three sizes, yaw, and if known the x and y of the velocity
+    boxes: Tensor  # (N, 7 or 9) float32: x, y, z, three sizes, yaw, and if known the x and y of the velocity
     classes: Tensor  # (N,)
     frames: Tensor  # (N,)
     attributes: Tensor  # (N,)
@@ -35,23 +35,18 @@ def box_errors(found: Boxes, targets: Boxes, periods: Tensor) -> Tensor:
     Returns:
         (N, 5) in the order of `ERRORS`, NaN where a target's velocity or attribute is unknown.
     """
-    box, goal = found.boxes.float(), targets.boxes.float()
+    box, goal = found.boxes, targets.boxes
     size, goal_size = box[:, 3:6], goal[:, 3:6]
     shared = torch.minimum(size, goal_size).prod(dim=1)
     scale_iou = shared / (size.prod(dim=1) + goal_size.prod(dim=1) - shared)
     turn = (goal[:, 6] - box[:, 6] + periods / 2).remainder(periods) - periods / 2
-    velocity = box[:, 7:9] - goal[:, 7:9]
-    speed = (
-        torch.linalg.vector_norm(velocity, dim=1)
-        if velocity.shape[1] == 2
-        else torch.full_like(turn, torch.nan)
-    )
+    offset = box - goal
     wrong = (found.attributes != targets.attributes).float()
     columns = (
-        torch.linalg.vector_norm(box[:, :2] - goal[:, :2], dim=1),
+        offset[:, 0].hypot(offset[:, 1]),
         1 - scale_iou,
         turn.abs(),
-        speed,
+        offset[:, 7].hypot(offset[:, 8]) if offset.shape[1] > 8 else torch.full_like(turn, torch.nan),
         wrong.masked_fill(targets.attributes == UNKNOWN, torch.nan),
     )
     return torch.stack(columns, dim=1)

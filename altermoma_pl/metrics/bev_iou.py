@@ -16,7 +16,8 @@ class BEVIoU(Metric):
     this metric, so the value is slightly optimistic.
 
     A class without a single pixel in the targets and without a single predicted pixel at the
-    lowest threshold is left out of the mean. If that leaves no class, the mean is 0.
+    lowest threshold is left out of the mean (BEVFusion's `evaluate_map` counts it as 0; otherwise
+    the two agree). If that leaves no class, the mean is 0.
 
     Args:
         num_classes: Number of classes S.
@@ -79,7 +80,8 @@ class BEVIoU(Metric):
                 "probabilities and target must have the same shape, "
                 f"got {tuple(probabilities.shape)} and {tuple(target.shape)}."
             )
-        present = target.bool()
+        # In half precision the thresholds would be rounded too, and 0.3496 would reach 0.35.
+        probabilities, present = probabilities.float(), target.bool()
         # One threshold at a time: all at once would need seven copies of the maps.
         for column, threshold in enumerate(self.thresholds):
             predicted = probabilities >= threshold

@@ -45,6 +45,16 @@ def test_threshold_is_inclusive():
     assert metric.compute() == 1
 
 
+def test_thresholds_are_not_rounded_to_half_precision():
+    metric = BEVIoU(1, thresholds=[0.35])
+    metric.update(maps([0.35]).bfloat16(), maps([1]))  # 0.3496 in bfloat16
+    assert metric.compute() == 0
+
+
+def test_official_thresholds():
+    assert_close(BEVIoU(6).thresholds, torch.arange(0.35, 0.66, 0.05))
+
+
 def test_perfect_maps_give_one():
     target = torch.rand(3, 4, 8, 8) < 0.3
     metric = BEVIoU(4)

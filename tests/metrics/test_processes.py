@@ -6,7 +6,6 @@ from torch.testing import assert_close
 from altermoma_pl.metrics import CentreDistanceAP, NuScenesDetection
 from tests.metrics.nuscenes_scenes import arguments, scene
 
-
 METRICS = {CentreDistanceAP: lambda: CentreDistanceAP(10), NuScenesDetection: NuScenesDetection}
 
 

@@ -171,7 +171,7 @@ def flat_rows(*columns: Tensor) -> Tensor:
         (N * width,).
     """
     table = [column[:, None] if column.ndim == 1 else column for column in columns]
-    return torch.cat([column.float() for column in table], dim=1).flatten()
+    return torch.cat(table, dim=1).float().flatten()
 
 
 def read_rows(state: list[Tensor] | Tensor, width: int) -> Tensor:

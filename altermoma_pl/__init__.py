@@ -13,7 +13,7 @@ from altermoma_pl.criteria import (
 from altermoma_pl.masks import Masks
 from altermoma_pl.modality import Modalities
 from altermoma_pl.report import SparsityReport
-from altermoma_pl.schedules import Cubic, Exponential, Linear, OneShot, Schedule
+from altermoma_pl.schedules import Cubic, Exponential, Linear, OneShot, Rewinding, Schedule
 from altermoma_pl.sparsity import top_k
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "Modalities",
     "OneShot",
     "Random",
+    "Rewinding",
     "Schedule",
     "SparsityReport",
     "deactivated",

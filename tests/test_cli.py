@@ -150,6 +150,7 @@ def test_fit_from_a_file(checkpoint):
         (["--pruning.schedule.epoch", "2"], 60, [2]),
         (["--pruning.schedule", "Cubic", "--pruning.schedule.end", "1"], 60, [0, 1]),
         (["--pruning.criterion", "Magnitude"], 60, [1]),
+        (["--pruning.schedule=Rewinding", "--pruning.schedule.epochs_per_round=1"], 60, [0, 1, 2]),
         (["--pruning.criterion.beta=0.0"], 60, [1]),
         (["--pruning.criterion", "Random", "--pruning.seed", "3", "--pruning.scope", "layer"], 60, [1]),
         (
@@ -185,6 +186,19 @@ def test_names_of_criteria(folder, name):
     state = fit("--config", "more.yaml", "--pruning.schedule=Cubic", "--pruning.schedule.end=2")
     assert state.components is None
     assert [event["epoch"] for event in state.events] == [0, 1, 2]
+
+
+def test_iterative_magnitude_pruning_from_a_file(folder):
+    (folder / "more.yaml").write_text(
+        "pruning:\n"
+        "  sparsity: 0.8\n"
+        "  criterion: Magnitude\n"
+        "  schedule:\n"
+        "    class_path: altermoma_pl.Rewinding\n"
+        "    init_args: {rounds: 2, epochs_per_round: 1, rewind_epoch: 1}\n"
+    )
+    state = fit("--config", "more.yaml")
+    assert [(event["epoch"], round(120 * event["sparsity"])) for event in state.events] == [(1, 66), (2, 96)]
 
 
 @pytest.mark.filterwarnings("ignore:100 training batches were asked for, the loader has 4")

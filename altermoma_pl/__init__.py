@@ -9,6 +9,7 @@ from altermoma_pl.criteria import (
     Criterion,
     Magnitude,
     Random,
+    choose_beta,
 )
 from altermoma_pl.masks import Masks
 from altermoma_pl.modality import Modalities
@@ -33,6 +34,7 @@ __all__ = [
     "Rewinding",
     "Schedule",
     "SparsityReport",
+    "choose_beta",
     "deactivated",
     "restored",
     "top_k",

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from altermoma_pl import figures
 from altermoma_pl.cli import load_pruning_state, main
@@ -188,6 +189,18 @@ def test_names_of_criteria(folder, name):
     assert [event["epoch"] for event in state.events] == [0, 1, 2]
 
 
+@pytest.mark.parametrize(("value", "expected"), [("auto", "auto"), ("0.5", 0.5), ("2", 2.0)])
+def test_beta_from_a_file_and_back(folder, capsys, value, expected):
+    (folder / "more.yaml").write_text(f"pruning: {{criterion: {{init_args: {{beta: {value}}}}}}}")
+    text = printed(capsys, "fit", "--config", "config.yaml", "--config", "more.yaml")
+    assert yaml.safe_load(text)["pruning"]["criterion"]["init_args"]["beta"] == expected
+
+
+def test_beta_auto_by_flag(folder):
+    (event,) = fit("--pruning.criterion.beta=auto").events
+    assert event["beta_losses"][f"{event['beta']:g}"] == min(event["beta_losses"].values())
+
+
 def test_iterative_magnitude_pruning_from_a_file(folder):
     (folder / "more.yaml").write_text(
         "pruning:\n"
@@ -300,6 +313,7 @@ def test_help(capsys, monkeypatch):
         (["--pruning.criterion.num_probes", "3"], ["num_probes"]),
         (["--pruning.criterion.estimator", "differenze"], ["estimator", "differenze"]),
         (["--pruning.sparsity", "much"], ["sparsity", "much"]),
+        (["--pruning.criterion.beta", "best"], ["beta", "best", "auto"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )

@@ -23,7 +23,7 @@ from altermoma_pl.callback.enforcement import Enforcement
 from altermoma_pl.callback.loaders import ProbeLoader
 from altermoma_pl.callback.loss import check_loss, loss_function
 from altermoma_pl.callback.rewinding import RewindPoint, check_rewindable
-from altermoma_pl.callback.scoring import check_batches, scoring_batches, target_at
+from altermoma_pl.callback.scoring import Decision, check_batches, decide, scoring_batches, target_at
 from altermoma_pl.callback.state import PruningState
 from altermoma_pl.criteria import AlterEva, Calibration, Components, Criterion, Scores
 from altermoma_pl.criteria.base import Progress, no_progress
@@ -61,7 +61,7 @@ class AlterMOMACallback(Callback):
         sparsity: Share of zeros among prunable weights after the last event, in [0, 1); or one for
             each modality and "shared", with the scope "modality".
         criterion: Scores the weights.
-        schedule: At which epochs, and how far.
+        schedule: At which epochs, and how far; whether events bring the run back to an earlier state.
         scope: Over what weights compete: the model ("global"), each "modality", or each "layer".
         min_density: Share of each tensor that stays whatever its scores, at least one weight; 0 for no floor.
         prunable: Patterns over parameter names that add to the weights of convolution, linear and
@@ -126,7 +126,7 @@ class AlterMOMACallback(Callback):
 
     @property
     def events(self) -> list[dict[str, Any]]:
-        """One entry for each event, oldest first: epoch, step, sparsity, kept share by group, losses."""
+        """One entry for each event, oldest first: epoch, sparsity, kept shares, losses, a beta if chosen."""
         return self._state.events
 
     @property
@@ -234,18 +234,17 @@ class AlterMOMACallback(Callback):
             return  # a fit that goes on with a pruned model has nothing more to prune
         started = time.perf_counter()
         check_rewindable(self.schedule, self._state.rewind_point, epoch)
-        scores, components = self._score(trainer, module)
-        magnitudes = {n: p.detach().abs() for n, p in module.named_parameters() if n in scores}
-        masks = self._top_k(scores, target, magnitudes)
+        decision = self._decide(trainer, module, target)
         if self.schedule.rewinds_to is not None and self._state.rewind_point is not None:
             self._state.rewind_point.restore_(trainer, module)
-        enforcement.masks = masks
-        self._state.record(masks, epoch, trainer.global_step, components, self.store_components)
+        enforcement.masks = decision.masks
+        self._state.record(decision, epoch, trainer.global_step, self.store_components)
         seconds = time.perf_counter() - started
         self._scoring_seconds += seconds
         announce(trainer, self._state, seconds)
         if self.figures:
-            show_figures(trainer, self._state, components, folder_for(trainer, self.output_dir))
+            folder = folder_for(trainer, self.output_dir)
+            show_figures(trainer, self._state, decision.components, folder)
 
     def _top_k(self, scores: Scores, sparsity: Sparsity, magnitudes: Scores | None = None) -> Masks:
         earlier, groups = self._state.masks, self._state.group_of
@@ -259,15 +258,13 @@ class AlterMOMACallback(Callback):
     def _target(self, epoch: int) -> Sparsity:
         return target_at(self.schedule, self.sparsity, epoch, self.report())
 
-    def _score(self, trainer: Trainer, module: LightningModule) -> tuple[Scores, Components | None]:
-        """Scores, with the generators of torch, numpy, `random` and the loaders as they were."""
+    def _decide(self, trainer: Trainer, module: LightningModule, target: Sparsity) -> Decision:
+        """What stays, with the generators of torch, numpy, `random` and the loaders as they were."""
         needed = self.criterion.uses_batches
         with scoring_batches(trainer, module, self.loader, self.seed, needed) as batches:
             calibration = self._calibration(trainer, module, *batches)
-            if isinstance(self.criterion, AlterEva):
-                components = self.criterion.components(calibration)
-                return self.criterion.combine(components, calibration.masks), components
-            return self.criterion.score(calibration), None
+            magnitudes = {name: weight.detach().abs() for name, weight in calibration.weights.items()}
+            return decide(self.criterion, calibration, lambda scores: self._top_k(scores, target, magnitudes))
 
     def _calibration(
         self,

@@ -1,9 +1,10 @@
-"""A scoring event: its batches and its target."""
+"""A scoring event: its batches, its target, and from scores to masks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -12,9 +13,40 @@ from altermoma_pl.callback.checks import Sparsity, check_not_empty
 from altermoma_pl.callback.loaders import ProbeLoader, probe_batches, training_batches
 from altermoma_pl.callback.progress import scoring_bar
 from altermoma_pl.contexts import generators_restored, seed_generators
+from altermoma_pl.criteria import AlterEva, Calibration, Components, Criterion, MakeMasks, choose_beta
 from altermoma_pl.criteria.base import Progress
+from altermoma_pl.masks import Masks
 from altermoma_pl.report import SparsityReport
 from altermoma_pl.schedules import Schedule
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What an event decides.
+
+    Args:
+        masks: What stays.
+        components: DeCI and ReRI, where the criterion has them.
+        beta: The beta that was chosen, where the criterion's is "auto".
+        beta_losses: Loss of the pruned model for each candidate, as `choose_beta` returns them.
+    """
+
+    masks: Masks
+    components: Components | None = None
+    beta: float | None = None
+    beta_losses: dict[float, float] = field(default_factory=dict)
+
+
+def decide(criterion: Criterion, calibration: Calibration, make_masks: MakeMasks) -> Decision:
+    """Score and rank; the model is left as it was."""
+    if not isinstance(criterion, AlterEva):
+        return Decision(make_masks(criterion.score(calibration)))
+    components = criterion.components(calibration)
+    if criterion.beta != "auto":
+        return Decision(make_masks(criterion.combine(components, calibration.masks)), components)
+    chosen, losses = choose_beta(criterion, components, calibration, make_masks)
+    masks = make_masks(chosen.combine(components, calibration.masks))
+    return Decision(masks, components, float(chosen.beta), losses)
 
 
 @contextmanager

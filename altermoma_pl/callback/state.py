@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from altermoma_pl.callback.rewinding import RewindPoint
+from altermoma_pl.callback.scoring import Decision
 from altermoma_pl.criteria import Components
 from altermoma_pl.masks import Masks
 from altermoma_pl.report import SparsityReport
@@ -23,7 +25,8 @@ class PruningState:
         group_of: Masked parameter -> its modality or "shared".
         last_event_epoch: Epoch of the latest event, -1 before the first.
         events: One entry for each event, oldest first: "epoch", "step", "sparsity", "kept" (group ->
-            share) and "losses".
+            share) and "losses"; with beta="auto" also the "beta" that was chosen and "beta_losses", the
+            loss of each candidate by its name, None if not finite.
         components: DeCI and ReRI of the latest event, where the criterion has them and they are stored.
         rewind_point: What the events that are left rewind to; None where the schedule rewinds nothing.
     """
@@ -75,23 +78,23 @@ class PruningState:
         """Losses that the latest event measured."""
         return self.events[-1]["losses"] if self.events else {}
 
-    def record(
-        self, masks: Masks, epoch: int, step: int, components: Components | None, keep_components: bool
-    ) -> None:
+    def record(self, decision: Decision, epoch: int, step: int, keep_components: bool) -> None:
         """Take up what an event decided."""
-        self.masks = masks
+        self.masks = decision.masks
         self.last_event_epoch = epoch
-        self.components = components if keep_components else None
-        report = SparsityReport.of(masks, self.group_of)
-        self.events.append(
-            {
-                "epoch": epoch,
-                "step": step,
-                "sparsity": report.sparsity,
-                "kept": {name: total.kept for name, total in report.groups.items()},
-                "losses": dict(components.losses) if components else {},
-            }
-        )
+        self.components = decision.components if keep_components else None
+        report = SparsityReport.of(decision.masks, self.group_of)
+        event = {
+            "epoch": epoch,
+            "step": step,
+            "sparsity": report.sparsity,
+            "kept": {name: total.kept for name, total in report.groups.items()},
+            "losses": dict(decision.components.losses) if decision.components else {},
+        }
+        if decision.beta is not None:
+            finite = {f"{b:g}": x if math.isfinite(x) else None for b, x in decision.beta_losses.items()}
+            event |= {"beta": decision.beta, "beta_losses": finite}
+        self.events.append(event)
 
     def report(self) -> SparsityReport:
         """What is pruned where.

@@ -9,11 +9,12 @@ from altermoma_pl.criteria import (
     Criterion,
     Magnitude,
     Random,
+    choose_beta,
 )
 from altermoma_pl.masks import Masks
 from altermoma_pl.modality import Modalities
 from altermoma_pl.report import SparsityReport
-from altermoma_pl.schedules import Cubic, Exponential, Linear, OneShot, Schedule
+from altermoma_pl.schedules import Cubic, Exponential, Linear, OneShot, Rewinding, Schedule
 from altermoma_pl.sparsity import top_k
 
 __all__ = [
@@ -30,8 +31,10 @@ __all__ = [
     "Modalities",
     "OneShot",
     "Random",
+    "Rewinding",
     "Schedule",
     "SparsityReport",
+    "choose_beta",
     "deactivated",
     "restored",
     "top_k",

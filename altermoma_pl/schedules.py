@@ -26,6 +26,11 @@ class Schedule(ABC):
     def sparsity_at(self, epoch: int, target: float) -> float:
         """Share of zeros during `epoch`: 0 before the first event, exactly `target` from the last on."""
 
+    @property
+    def rewinds_to(self) -> int | None:
+        """Epoch to whose start later events bring weights and optimizers back; None to train on."""
+        return None
+
 
 @dataclass(frozen=True)
 class OneShot(Schedule):
@@ -143,6 +148,65 @@ class Exponential(_Gradual):
 
     def _curve(self, progress: float, target: float) -> float:
         return float(1 - (1 - target) ** progress)
+
+
+@dataclass(frozen=True)
+class Rewinding(Schedule):
+    """Rounds of training from the same start, each with fewer weights: lottery tickets.
+
+    Iterative magnitude pruning with rewinding (Frankle and Carbin 2019; Frankle et al. 2020), if the
+    criterion is `Magnitude`. Every event removes the same share of what remains,
+    1 - (1 - target)^(1 / rounds), judged by the weights as trained. Then parameters, buffers, optimizers
+    and learning-rate schedulers go back to what they were at the start of `rewind_epoch`; only the
+    masks are new, and the next round trains from there.
+
+    The model that is given to fit counts as trained: it is the first to be pruned, before epoch
+    `rewind_epoch`, and event k comes before epoch `rewind_epoch + k * epochs_per_round`. So that the
+    last round is as long as the others, train for `rewind_epoch + rounds * epochs_per_round` epochs. The
+    position in the learning-rate schedule goes back too: its length should be
+    `rewind_epoch + epochs_per_round` epochs, one round and not the run.
+
+    Args:
+        rounds: Number of events, and of rounds of training that follow them.
+        epochs_per_round: Epochs from one event to the next.
+        rewind_epoch: To the start of which epoch the run goes back; 0 for what was given to fit.
+
+    Raises:
+        ValueError: If a value is too small.
+    """
+
+    rounds: int = 3
+    epochs_per_round: int = 4
+    rewind_epoch: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("rounds", 1), ("epochs_per_round", 1), ("rewind_epoch", 0)):
+            value = getattr(self, name)
+            _check(value >= least, f"Rewinding: {name} must be at least {least}, got {value}")
+
+    @property
+    def last_epoch(self) -> int:
+        """Epoch of the last event; a round of training follows it."""
+        return self.rewind_epoch + (self.rounds - 1) * self.epochs_per_round
+
+    @property
+    def rewinds_to(self) -> int:
+        """The epoch to whose start each event goes back."""
+        return self.rewind_epoch
+
+    def is_due(self, epoch: int) -> bool:
+        """Whether a round begins with `epoch`."""
+        inside = self.rewind_epoch <= epoch <= self.last_epoch
+        return inside and (epoch - self.rewind_epoch) % self.epochs_per_round == 0
+
+    def sparsity_at(self, epoch: int, target: float) -> float:
+        """The sparsity of the round: 1 - (1 - target)^(round / rounds), with rounds counted from 1."""
+        if epoch >= self.last_epoch:
+            return target
+        if epoch < self.rewind_epoch:
+            return 0.0
+        number = (epoch - self.rewind_epoch) // self.epochs_per_round + 1
+        return float(1 - (1 - target) ** (number / self.rounds))
 
 
 def _check(condition: bool, message: str) -> None:

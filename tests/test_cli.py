@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from altermoma_pl import figures
 from altermoma_pl.cli import load_pruning_state, main
@@ -150,6 +151,7 @@ def test_fit_from_a_file(checkpoint):
         (["--pruning.schedule.epoch", "2"], 60, [2]),
         (["--pruning.schedule", "Cubic", "--pruning.schedule.end", "1"], 60, [0, 1]),
         (["--pruning.criterion", "Magnitude"], 60, [1]),
+        (["--pruning.schedule=Rewinding", "--pruning.schedule.epochs_per_round=1"], 60, [0, 1, 2]),
         (["--pruning.criterion.beta=0.0"], 60, [1]),
         (["--pruning.criterion", "Random", "--pruning.seed", "3", "--pruning.scope", "layer"], 60, [1]),
         (
@@ -185,6 +187,31 @@ def test_names_of_criteria(folder, name):
     state = fit("--config", "more.yaml", "--pruning.schedule=Cubic", "--pruning.schedule.end=2")
     assert state.components is None
     assert [event["epoch"] for event in state.events] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("value", "expected"), [("auto", "auto"), ("0.5", 0.5), ("2", 2.0)])
+def test_beta_from_a_file_and_back(folder, capsys, value, expected):
+    (folder / "more.yaml").write_text(f"pruning: {{criterion: {{init_args: {{beta: {value}}}}}}}")
+    text = printed(capsys, "fit", "--config", "config.yaml", "--config", "more.yaml")
+    assert yaml.safe_load(text)["pruning"]["criterion"]["init_args"]["beta"] == expected
+
+
+def test_beta_auto_by_flag(folder):
+    (event,) = fit("--pruning.criterion.beta=auto").events
+    assert event["beta_losses"][f"{event['beta']:g}"] == min(event["beta_losses"].values())
+
+
+def test_iterative_magnitude_pruning_from_a_file(folder):
+    (folder / "more.yaml").write_text(
+        "pruning:\n"
+        "  sparsity: 0.8\n"
+        "  criterion: Magnitude\n"
+        "  schedule:\n"
+        "    class_path: altermoma_pl.Rewinding\n"
+        "    init_args: {rounds: 2, epochs_per_round: 1, rewind_epoch: 1}\n"
+    )
+    state = fit("--config", "more.yaml")
+    assert [(event["epoch"], round(120 * event["sparsity"])) for event in state.events] == [(1, 66), (2, 96)]
 
 
 @pytest.mark.filterwarnings("ignore:100 training batches were asked for, the loader has 4")
@@ -286,6 +313,7 @@ def test_help(capsys, monkeypatch):
         (["--pruning.criterion.num_probes", "3"], ["num_probes"]),
         (["--pruning.criterion.estimator", "differenze"], ["estimator", "differenze"]),
         (["--pruning.sparsity", "much"], ["sparsity", "much"]),
+        (["--pruning.criterion.beta", "best"], ["beta", "best", "auto"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )

@@ -14,6 +14,7 @@ LAYERS = [  # lowest first; a file of a folder that is not named belongs to its 
     {"criteria.base", "criteria.components"},
     {"criteria.simple", "criteria.reactivation"},
     {"criteria.altereva"},
+    {"criteria.beta"},
     {"criteria"},
     {"report", "structured"},
     {"figures"},

@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from altermoma_pl import Cubic, Exponential, Linear, OneShot, Schedule
+from altermoma_pl import Cubic, Exponential, Linear, OneShot, Rewinding, Schedule
 from altermoma_pl import schedules as module
 from tests.models import concrete_subclasses
 
@@ -15,7 +15,7 @@ GRADUAL = [Linear, Cubic, Exponential]
 
 
 def test_the_shipped_ones_are_found():
-    assert {OneShot, Linear, Cubic, Exponential} <= set(SCHEDULES)
+    assert {OneShot, Linear, Cubic, Exponential, Rewinding} <= set(SCHEDULES)
 
 
 def table(schedule, target, epochs):
@@ -36,6 +36,9 @@ def table(schedule, target, epochs):
         (Cubic(0, 3), 0.64, [0.37, 0.56, 0.63, 0.64]),  # 0.64 * (1 - (27, 8, 1, 0) / 64)
         (Exponential(0, 1), 0.75, [0.5, 0.75]),  # a half, twice
         (Exponential(0, 2), 0.875, [0.5, 0.75, 0.875]),
+        (Rewinding(3, 1), 0.875, [0.5, 0.75, 0.875, 0.875]),
+        (Rewinding(3, 2, rewind_epoch=1), 0.875, [0, 0.5, 0.5, 0.75, 0.75, 0.875]),
+        (Rewinding(1, 4), 0.9, [0.9, 0.9]),
     ],
 )
 def test_by_hand(schedule, target, expected):
@@ -51,6 +54,9 @@ def test_by_hand(schedule, target, expected):
         (Cubic(1, 5, every=2), [1, 3, 5]),
         (Exponential(2, 2), [2]),
         (Cubic(), [0, 1, 2, 3, 4]),
+        (Rewinding(), [0, 4, 8]),
+        (Rewinding(2, 3, rewind_epoch=1), [1, 4]),
+        (Rewinding(1, 4, rewind_epoch=2), [2]),
     ],
 )
 def test_events_by_hand(schedule, events):
@@ -63,6 +69,8 @@ def schedules(draw):
     cls = draw(st.sampled_from(SCHEDULES))
     if cls is OneShot:
         return OneShot(draw(st.integers(0, 20)))
+    if cls is Rewinding:
+        return Rewinding(draw(st.integers(1, 5)), draw(st.integers(1, 6)), draw(st.integers(0, 10)))
     start = draw(st.integers(0, 10))
     return cls(start, draw(st.integers(start, start + 12)), draw(st.integers(1, 15)))
 
@@ -83,6 +91,26 @@ def test_contract(schedule, per_cent):
     assert all(due[epoch] for epoch in steps)
     if target > 0:
         assert all(values[epoch] > 0 for epoch in range(40) if due[epoch])
+
+
+@given(schedules())
+@settings(max_examples=50, deadline=None)
+def test_only_rewinding_rewinds_and_not_past_its_first_event(schedule):
+    events = [epoch for epoch in range(40) if schedule.is_due(epoch)]
+    assert schedule.rewinds_to == (events[0] if isinstance(schedule, Rewinding) else None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0,), "Rewinding: rounds must be at least 1, got 0"),
+        ((1, 0), "Rewinding: epochs_per_round must be at least 1, got 0"),
+        ((1, 1, -1), "Rewinding: rewind_epoch must be at least 0, got -1"),
+    ],
+)
+def test_impossible_rounds_are_named(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Rewinding(*arguments)
 
 
 @given(schedules())

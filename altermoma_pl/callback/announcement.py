@@ -19,10 +19,13 @@ def announce(trainer: Trainer, state: PruningState, seconds: float) -> None:
     if trainer.barebones:
         return
     report, event = state.report(), state.events[-1]
-    _print(trainer, report.to_text(f"Pruned before epoch {event['epoch']} in {seconds:.1f} s"))
+    beta = f", beta {event['beta']:g}" if "beta" in event else ""
+    _print(trainer, report.to_text(f"Pruned before epoch {event['epoch']} in {seconds:.1f} s{beta}"))
     metrics = {"pruning/sparsity": report.sparsity, "pruning/seconds": seconds}
     metrics |= {f"pruning/kept/{name}": share for name, share in event["kept"].items()}
     metrics |= {f"pruning/loss/{name}": loss for name, loss in event["losses"].items()}
+    if "beta" in event:
+        metrics["pruning/beta"] = event["beta"]
     for logger in trainer.loggers:
         logger.log_metrics(metrics, step=trainer.global_step)
 

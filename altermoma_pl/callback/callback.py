@@ -12,18 +12,19 @@ from torch.optim import Optimizer
 
 from altermoma_pl.callback.announcement import announce, folder_for, show_figures
 from altermoma_pl.callback.checks import (
-    check_not_empty,
+    Sparsity,
+    check_long_enough,
     check_not_late,
     check_options,
     check_zeros,
     warn_if_short,
 )
 from altermoma_pl.callback.enforcement import Enforcement
-from altermoma_pl.callback.loaders import ProbeLoader, probe_batches, training_batches
+from altermoma_pl.callback.loaders import ProbeLoader
 from altermoma_pl.callback.loss import check_loss, loss_function
-from altermoma_pl.callback.progress import scoring_bar
+from altermoma_pl.callback.rewinding import RewindPoint, check_rewindable
+from altermoma_pl.callback.scoring import Decision, check_batches, decide, scoring_batches, target_at
 from altermoma_pl.callback.state import PruningState
-from altermoma_pl.contexts import generators_restored, seed_generators
 from altermoma_pl.criteria import AlterEva, Calibration, Components, Criterion, Scores
 from altermoma_pl.criteria.base import Progress, no_progress
 from altermoma_pl.masks import Masks
@@ -60,7 +61,7 @@ class AlterMOMACallback(Callback):
         sparsity: Share of zeros among prunable weights after the last event, in [0, 1); or one for
             each modality and "shared", with the scope "modality".
         criterion: Scores the weights.
-        schedule: At which epochs, and how far.
+        schedule: At which epochs, and how far; whether events bring the run back to an earlier state.
         scope: Over what weights compete: the model ("global"), each "modality", or each "layer".
         min_density: Share of each tensor that stays whatever its scores, at least one weight; 0 for no floor.
         prunable: Patterns over parameter names that add to the weights of convolution, linear and
@@ -109,6 +110,7 @@ class AlterMOMACallback(Callback):
         check_options(self.modalities, sparsity, scope, min_density, loader)
         self._state = PruningState()
         self._enforcement: Enforcement | None = None
+        self._scoring_seconds = 0.0
 
     # What a user may ask.
 
@@ -124,8 +126,13 @@ class AlterMOMACallback(Callback):
 
     @property
     def events(self) -> list[dict[str, Any]]:
-        """One entry for each event, oldest first: epoch, step, sparsity, kept share by group, losses."""
+        """One entry for each event, oldest first: epoch, sparsity, kept shares, losses, a beta if chosen."""
         return self._state.events
+
+    @property
+    def scoring_seconds(self) -> float:
+        """Time spent in events by this process, in seconds; a resumed run counts from 0."""
+        return self._scoring_seconds
 
     def report(self) -> SparsityReport:
         """What is pruned where; a `ValueError` before fit."""
@@ -139,12 +146,8 @@ class AlterMOMACallback(Callback):
             return
         if trainer.world_size > 1:
             raise ValueError(f"AlterMOMACallback needs one device, not {trainer.world_size}: set devices=1")
-        last, epochs = self.schedule.last_epoch, trainer.max_epochs
-        if epochs is not None and epochs >= 0 and last >= epochs and not _is_trial(trainer):
-            raise ValueError(
-                f"the last event of {self.schedule} is at epoch {last}, but max_epochs={epochs} ends with "
-                f"epoch {epochs - 1}: let the schedule end earlier, or train for more epochs"
-            )
+        if not _is_trial(trainer):
+            check_long_enough(self.schedule, trainer.max_epochs)
         check_loss(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -160,20 +163,27 @@ class AlterMOMACallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the schedule anew in a fit that starts anew; refuse what no event could mend."""
         if trainer.global_step == 0:
-            self._state.last_event_epoch = -1
+            self._state.last_event_epoch, self._state.rewind_point = -1, None
+        report, final_count = self.report(), self._final_count()
         if not _is_trial(trainer):
-            check_not_late(self.schedule, trainer.current_epoch, self.report(), self._final_count())
+            check_not_late(self.schedule, trainer.current_epoch, report, final_count)
+            if report.total.num_kept > final_count:
+                check_rewindable(self.schedule, self._state.rewind_point, trainer.current_epoch)
         if self.criterion.uses_batches:
-            with generators_restored():
-                check_not_empty(probe_batches(trainer, pl_module, self.loader), "held-out")
-                check_not_empty(training_batches(trainer), "training")
+            check_batches(trainer, pl_module, self.loader)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score and prune if the schedule says so."""
         epoch = trainer.current_epoch
-        due = epoch == 0 if _is_trial(trainer) else self.schedule.is_due(epoch)
-        if due and epoch > self._state.last_event_epoch:
+        if epoch <= self._state.last_event_epoch:
+            return
+        trial, point = _is_trial(trainer), self._state.rewind_point
+        if epoch == self.schedule.rewinds_to and (point is None or point.epoch != epoch):
+            self._state.rewind_point = RewindPoint.take(trainer, pl_module)
+        if epoch == 0 if trial else self.schedule.is_due(epoch):
             self._prune(trainer, pl_module, epoch)
+        if epoch >= self.schedule.last_epoch:
+            self._state.rewind_point = None  # nothing is left that would need it
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -223,41 +233,38 @@ class AlterMOMACallback(Callback):
             self._state.last_event_epoch = epoch
             return  # a fit that goes on with a pruned model has nothing more to prune
         started = time.perf_counter()
-        scores, components = self._score(trainer, module)
-        magnitudes = {n: p.detach().abs() for n, p in module.named_parameters() if n in scores}
-        masks = top_k(
-            scores, target, self.scope, enforcement.masks, self.min_density, self._state.group_of, magnitudes
-        )
-        enforcement.masks = masks
-        self._state.record(masks, epoch, trainer.global_step, components, self.store_components)
+        check_rewindable(self.schedule, self._state.rewind_point, epoch)
+        decision = self._decide(trainer, module, target)
+        if self.schedule.rewinds_to is not None and self._state.rewind_point is not None:
+            self._state.rewind_point.restore_(trainer, module)
+        enforcement.masks = decision.masks
+        self._state.record(decision, epoch, trainer.global_step, self.store_components)
         seconds = time.perf_counter() - started
+        self._scoring_seconds += seconds
         announce(trainer, self._state, seconds)
         if self.figures:
-            show_figures(trainer, self._state, components, folder_for(trainer, self.output_dir))
+            folder = folder_for(trainer, self.output_dir)
+            show_figures(trainer, self._state, decision.components, folder)
+
+    def _top_k(self, scores: Scores, sparsity: Sparsity, magnitudes: Scores | None = None) -> Masks:
+        earlier, groups = self._state.masks, self._state.group_of
+        return top_k(scores, sparsity, self.scope, earlier, self.min_density, groups, magnitudes)
 
     def _final_count(self) -> int:
         """How many weights the last event keeps; it does not depend on their scores."""
-        earlier, groups = self._state.masks, self._state.group_of
-        equal = {name: torch.zeros_like(m, dtype=torch.float32) for name, m in (earlier or {}).items()}
-        return top_k(equal, self.sparsity, self.scope, earlier, self.min_density, groups).num_kept
+        equal = {n: torch.zeros_like(m, dtype=torch.float32) for n, m in (self._state.masks or {}).items()}
+        return self._top_k(equal, self.sparsity).num_kept
 
-    def _score(self, trainer: Trainer, module: LightningModule) -> tuple[Scores, Components | None]:
-        """Scores, with the generators of torch, numpy, `random` and the loaders as they were."""
-        with generators_restored(), scoring_bar(trainer) as progress:
-            seed_generators(self.seed)  # a hook that makes a loader may draw random numbers
-            if not self.criterion.uses_batches:
-                return self.criterion.score(self._calibration(trainer, module)), None
-            probes = probe_batches(trainer, module, self.loader)
-            trainings = training_batches(trainer)
-            calibration = self._calibration(trainer, module, probes, trainings, progress)
-            try:
-                if isinstance(self.criterion, AlterEva):
-                    components = self.criterion.components(calibration)
-                    return self.criterion.combine(components, calibration.masks), components
-                return self.criterion.score(calibration), None
-            finally:
-                probes.rewind()
-                trainings.rewind()
+    def _target(self, epoch: int) -> Sparsity:
+        return target_at(self.schedule, self.sparsity, epoch, self.report())
+
+    def _decide(self, trainer: Trainer, module: LightningModule, target: Sparsity) -> Decision:
+        """What stays, with the generators of torch, numpy, `random` and the loaders as they were."""
+        needed = self.criterion.uses_batches
+        with scoring_batches(trainer, module, self.loader, self.seed, needed) as batches:
+            calibration = self._calibration(trainer, module, *batches)
+            magnitudes = {name: weight.detach().abs() for name, weight in calibration.weights.items()}
+            return decide(self.criterion, calibration, lambda scores: self._top_k(scores, target, magnitudes))
 
     def _calibration(
         self,
@@ -278,16 +285,6 @@ class AlterMOMACallback(Callback):
             self.seed,
             progress,
         )
-
-    def _target(self, epoch: int) -> float | dict[str, float]:
-        """The schedule's sparsity at `epoch`, and at least what is pruned already."""
-        report = self.report()
-        if not isinstance(self.sparsity, dict):
-            return max(self.schedule.sparsity_at(epoch, self.sparsity), report.sparsity)
-        return {
-            group: max(self.schedule.sparsity_at(epoch, share), 1 - report.groups[group].kept)
-            for group, share in self.sparsity.items()
-        }
 
     def _release(self) -> None:
         if self._enforcement is not None:

@@ -61,6 +61,15 @@ def check_not_empty(batches: Batches, kind: str) -> None:
         )
 
 
+def check_long_enough(schedule: Schedule, max_epochs: int | None) -> None:
+    """Raise a `ValueError` if training ends before the last event; None and -1 are no limit."""
+    if max_epochs is not None and 0 <= max_epochs <= schedule.last_epoch:
+        raise ValueError(
+            f"the last event of {schedule} is at epoch {schedule.last_epoch}, but max_epochs={max_epochs} "
+            f"ends with epoch {max_epochs - 1}: let the schedule end earlier, or train for more epochs"
+        )
+
+
 def check_not_late(schedule: Schedule, epoch: int, report: SparsityReport, final_count: int) -> None:
     """Raise a `ValueError` if a run that starts at `epoch` has missed an event that it needs."""
     if epoch > schedule.last_epoch and report.total.num_kept > final_count:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from altermoma_pl.callback.rewinding import RewindPoint
+from altermoma_pl.callback.scoring import Decision
 from altermoma_pl.criteria import Components
 from altermoma_pl.masks import Masks
 from altermoma_pl.report import SparsityReport
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass
@@ -22,8 +25,10 @@ class PruningState:
         group_of: Masked parameter -> its modality or "shared".
         last_event_epoch: Epoch of the latest event, -1 before the first.
         events: One entry for each event, oldest first: "epoch", "step", "sparsity", "kept" (group ->
-            share) and "losses".
+            share) and "losses"; with beta="auto" also the "beta" that was chosen and "beta_losses", the
+            loss of each candidate by its name, None if not finite.
         components: DeCI and ReRI of the latest event, where the criterion has them and they are stored.
+        rewind_point: What the events that are left rewind to; None where the schedule rewinds nothing.
     """
 
     masks: Masks | None = None
@@ -31,6 +36,7 @@ class PruningState:
     last_event_epoch: int = -1
     events: list[dict[str, Any]] = field(default_factory=list)
     components: Components | None = None
+    rewind_point: RewindPoint | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and builtins only: loads with `torch.load(..., weights_only=True)`."""
@@ -41,6 +47,7 @@ class PruningState:
             "last_event_epoch": self.last_event_epoch,
             "events": [dict(event) for event in self.events],
             "components": self.components.state_dict() if self.components else None,
+            "rewind_point": self.rewind_point.state_dict() if self.rewind_point else None,
         }
 
     @classmethod
@@ -50,43 +57,44 @@ class PruningState:
         Raises:
             ValueError: If the format is unknown, a key is missing or unknown, or a part is damaged.
         """
+        if state.get("format", FORMAT) != FORMAT:
+            raise ValueError(f"the pruning state has format {state['format']}, this version reads {FORMAT}")
         expected = cls().state_dict().keys()
         if state.keys() != expected:
             raise ValueError(
                 f"the pruning state in the checkpoint is damaged: it must hold {sorted(expected)}, "
                 f"got {sorted(state)}"
             )
-        if state["format"] != FORMAT:
-            raise ValueError(f"the pruning state has format {state['format']}, this version reads {FORMAT}")
         masks = Masks.from_state_dict(state["masks"]) if state["masks"] else None
         if set(masks or {}) != set(state["group_of"]):
             raise ValueError("the pruning state in the checkpoint is damaged: masks and groups differ")
         components = Components.from_state_dict(state["components"]) if state["components"] else None
         events = [dict(event) for event in state["events"]]
-        return cls(masks, dict(state["group_of"]), state["last_event_epoch"], events, components)
+        point = RewindPoint.from_state_dict(state["rewind_point"]) if state["rewind_point"] else None
+        return cls(masks, dict(state["group_of"]), state["last_event_epoch"], events, components, point)
 
     @property
     def losses(self) -> dict[str, float]:
         """Losses that the latest event measured."""
         return self.events[-1]["losses"] if self.events else {}
 
-    def record(
-        self, masks: Masks, epoch: int, step: int, components: Components | None, keep_components: bool
-    ) -> None:
+    def record(self, decision: Decision, epoch: int, step: int, keep_components: bool) -> None:
         """Take up what an event decided."""
-        self.masks = masks
+        self.masks = decision.masks
         self.last_event_epoch = epoch
-        self.components = components if keep_components else None
-        report = SparsityReport.of(masks, self.group_of)
-        self.events.append(
-            {
-                "epoch": epoch,
-                "step": step,
-                "sparsity": report.sparsity,
-                "kept": {name: total.kept for name, total in report.groups.items()},
-                "losses": dict(components.losses) if components else {},
-            }
-        )
+        self.components = decision.components if keep_components else None
+        report = SparsityReport.of(decision.masks, self.group_of)
+        event = {
+            "epoch": epoch,
+            "step": step,
+            "sparsity": report.sparsity,
+            "kept": {name: total.kept for name, total in report.groups.items()},
+            "losses": dict(decision.components.losses) if decision.components else {},
+        }
+        if decision.beta is not None:
+            finite = {f"{b:g}": x if math.isfinite(x) else None for b, x in decision.beta_losses.items()}
+            event |= {"beta": decision.beta, "beta_losses": finite}
+        self.events.append(event)
 
     def report(self) -> SparsityReport:
         """What is pruned where.

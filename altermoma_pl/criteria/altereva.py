@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal, get_args, get_type_hints
@@ -18,7 +17,12 @@ from torch import Tensor
 
 from altermoma_pl.contexts import deactivated, noise_free, restored
 from altermoma_pl.criteria.base import Calibration, Criterion, Scores
-from altermoma_pl.criteria.components import Components
+from altermoma_pl.criteria.components import (
+    Components,
+    Normalization,
+    check_contribution,
+    group_divisors,
+)
 from altermoma_pl.criteria.reactivation import (
     Gradients,
     mean_change,
@@ -28,9 +32,6 @@ from altermoma_pl.criteria.reactivation import (
 )
 from altermoma_pl.masks import Masks
 from altermoma_pl.modality import SHARED
-
-Normalization = Literal["mean", "sum", "none"]
-
 
 _CHOICES = (
     "estimator",
@@ -56,7 +57,9 @@ class AlterEva(Criterion):
     Args:
         alpha: Weight of DeCI.
         beta: Weight of ReRI, shared equally between the deactivations. With "subtract" a negative
-            value protects redundancy instead of removing it.
+            value protects redundancy instead of removing it. "auto": in every event the one of 0, 0.5,
+            1, 2, 4 (with "subtract" 0, 0.25, 0.5, 1, 2) with which the pruned model has the lowest loss
+            on the probe batches, see `choose_beta`.
         estimator: What ReRI is, with g and g' the gradients of one probe batch before and after
             reactivation: "difference", the paper's |theta * mean(g - g')|; "batch_difference",
             mean |theta * (g - g')|; "reactivated", mean |theta * g'|, the importance after it.
@@ -81,7 +84,7 @@ class AlterEva(Criterion):
     """
 
     alpha: float = 1.0
-    beta: float = 1.0
+    beta: float | Literal["auto"] = 1.0
     estimator: Literal["difference", "batch_difference", "reactivated"] = "reactivated"
     reduction: Literal["mean_of_abs", "abs_of_mean"] = "mean_of_abs"
     combination: Literal["subtract", "discount"] = "discount"
@@ -99,7 +102,9 @@ class AlterEva(Criterion):
             allowed = get_args(hint)
             if name in _CHOICES and getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {list(allowed)}, got {getattr(self, name)!r}")
-        for name in ("alpha", "beta", "learning_rate"):
+        if isinstance(self.beta, str) and self.beta != "auto":
+            raise ValueError(f"beta must be a number or 'auto', got {self.beta!r}")
+        for name in ("alpha", "learning_rate", *(() if self.beta == "auto" else ("beta",))):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
         for name, least in (("num_probe_batches", 1), ("num_reactivation_steps", 0), ("learning_rate", 0)):
@@ -110,7 +115,8 @@ class AlterEva(Criterion):
         self._check_together()
 
     def _check_together(self) -> None:
-        if self.combination == "discount" and not (self.alpha > 0 and self.beta >= 0):
+        positive = self.alpha > 0 and (self.beta == "auto" or self.beta >= 0)
+        if self.combination == "discount" and not positive:
             raise ValueError(
                 f"the combination 'discount' needs alpha > 0 and beta >= 0, got alpha={self.alpha}, "
                 f"beta={self.beta}; a negative beta needs 'subtract'"
@@ -140,6 +146,7 @@ class AlterEva(Criterion):
 
     def score(self, calibration: Calibration) -> Scores:
         """S_i of every prunable weight; minus infinity where it is pruned already."""
+        self._fixed_beta()  # before the long work
         return self.combine(self.components(calibration), calibration.masks)
 
     def components(self, calibration: Calibration) -> Components:
@@ -185,25 +192,34 @@ class AlterEva(Criterion):
             masks: What was pruned at that time; sums and means run over live weights only.
 
         Raises:
-            ValueError: If DeCI of a group is zero of which nothing was pruned.
+            ValueError: If DeCI of a group is zero of which nothing was pruned, or beta is "auto".
         """
-        _check_contribution(components, masks)
+        beta = self._fixed_beta()
+        check_contribution(components, masks)
         redundancy = self._redundancy(components, masks)
-        lead = _group_divisors(components.deci, components.group_of, self.normalization, masks)
-        means = _group_divisors(components.deci, components.group_of, "mean", masks)
+        lead = group_divisors(components.deci, components.group_of, self.normalization, masks)
+        means = group_divisors(components.deci, components.group_of, "mean", masks)
         scores = {}
         for name, deci in components.deci.items():
             group, r = components.group_of[name], redundancy[name]
             score = deci / (lead[group] or 1.0)
             if self.combination == "subtract":
-                score = self.alpha * score - self.beta * r
+                score = self.alpha * score - beta * r
             else:
                 d = self.alpha * deci / (means[group] or 1.0)
-                score = score * torch.nan_to_num(d / (d + self.beta * r), nan=0.0)  # 0 / 0: D is 0
+                score = score * torch.nan_to_num(d / (d + beta * r), nan=0.0)  # 0 / 0: D is 0
             scores[name] = (
                 score if masks is None else score.masked_fill(~masks[name].to(score.device), -torch.inf)
             )
         return scores
+
+    def _fixed_beta(self) -> float:
+        if self.beta == "auto":
+            raise ValueError(
+                "beta='auto' depends on the pruned model: choose_beta(criterion, components, calibration, "
+                "make_masks) returns the criterion with its beta; AlterMOMACallback calls it in every event"
+            )
+        return self.beta
 
     def _reactivation(self, calibration: Calibration, modality: str) -> tuple[float, float, Gradients]:
         """Loss before and after reactivation and the mean change of gradients, by the estimator."""
@@ -235,8 +251,8 @@ class AlterEva(Criterion):
         normalization = "mean" if self.combination == "discount" else self.normalization
         parts: dict[str, list[Tensor]] = {name: [] for name in components.deci}
         for modality, reri in components.reri.items():
-            divisors = _group_divisors(reri, components.group_of, normalization, masks)
-            totals = _group_divisors(reri, components.group_of, "sum", masks)
+            divisors = group_divisors(reri, components.group_of, normalization, masks)
+            totals = group_divisors(reri, components.group_of, "sum", masks)
             for group, total in totals.items():
                 if total == 0:
                     warnings.warn(
@@ -249,43 +265,6 @@ class AlterEva(Criterion):
         return {name: torch.stack(each).mean(0) for name, each in parts.items()}
 
 
-def _check_contribution(components: Components, masks: Masks | None) -> None:
-    """A group without any contribution is an error, unless earlier pruning has cut it off."""
-    total = _group_divisors(components.deci, components.group_of, "sum", masks)
-    for group, amount in total.items():
-        if amount != 0:
-            continue
-        names = [name for name, own in components.group_of.items() if own == group]
-        if masks is None or all(bool(masks[name].all()) for name in names):
-            raise ValueError(f"DeCI of the group {group!r} is 0: the loss depends on none of its weights")
-        warnings.warn(
-            f"DeCI of the group {group!r} is 0: earlier pruning has cut it off from the loss; a larger "
-            f"min_density would have kept it",
-            stacklevel=3,
-        )
-
-
 def _times_weight(gradients: Gradients, calibration: Calibration) -> dict[str, Tensor]:
     """|theta_i * x_i| at the weights that the model has now."""
     return {name: (calibration.weights[name].detach() * g).abs() for name, g in gradients.items()}
-
-
-def _group_divisors(
-    values: Mapping[str, Tensor],
-    group_of: Mapping[str, str],
-    normalization: Normalization,
-    masks: Masks | None,
-) -> dict[str, float]:
-    """Group -> what its values are divided by, summed in float64; pruned weights have the value 0."""
-    sums: dict[str, float] = {}
-    counts: dict[str, int] = {}
-    for name, value in values.items():
-        group = group_of[name]
-        live = value.numel() if masks is None else int(masks[name].count_nonzero())
-        sums[group] = sums.get(group, 0.0) + float(value.sum(dtype=torch.float64))
-        counts[group] = counts.get(group, 0) + live
-    if normalization == "none":
-        return dict.fromkeys(sums, 1.0)
-    if normalization == "sum":
-        return sums
-    return {group: total / max(counts[group], 1) for group, total in sums.items()}

@@ -23,6 +23,10 @@ LossFunction = Callable[[nn.Module, Any], Tensor]
 """`loss_fn(model, batch)` returns a scalar that depends on the model's parameters."""
 
 
+class NonFiniteLossError(ValueError):
+    """The loss of a batch is infinite or not a number."""
+
+
 Progress = Callable[[str, int, int | None], None]
 """Called with a phase, the number of its batches done and their total if known."""
 
@@ -113,7 +117,8 @@ class Calibration:
 
         Raises:
             TypeError: If the loss function returns no tensor.
-            ValueError: If the loss is not a scalar or not finite.
+            ValueError: If the loss is not a scalar.
+            NonFiniteLossError: If the loss is not finite.
         """
         loss = self.loss_fn(self.model, batch)
         if not isinstance(loss, Tensor):
@@ -121,7 +126,7 @@ class Calibration:
         if loss.numel() != 1:
             raise ValueError(f"the loss of {label} must be a scalar, got shape {tuple(loss.shape)}")
         if not torch.isfinite(loss).all():
-            raise ValueError(
+            raise NonFiniteLossError(
                 f"the loss of {label} is {loss.item()}: check the batch, or lower the learning rate "
                 f"of the criterion if it happened during reactivation"
             )

@@ -2,5 +2,17 @@
 
 from altermoma_pl.metrics.bev_iou import BEVIoU
 from altermoma_pl.metrics.centre_distance import CentreDistanceAP
+from altermoma_pl.metrics.kitti import KittiAP
+from altermoma_pl.metrics.kitti_rules import KittiDetections, KittiTargets, kitti_types
+from altermoma_pl.metrics.rotated_iou import rotated_iou, rotated_iou_3d
 
-__all__ = ["BEVIoU", "CentreDistanceAP"]
+__all__ = [
+    "BEVIoU",
+    "CentreDistanceAP",
+    "KittiAP",
+    "KittiDetections",
+    "KittiTargets",
+    "kitti_types",
+    "rotated_iou",
+    "rotated_iou_3d",
+]

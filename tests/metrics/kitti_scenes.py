@@ -132,9 +132,9 @@ def pass_a(frame, limit):
     """Scores of the true positives, and no more."""
     found, _, flags, truth_flags, overlap = frame
     assigned, scores = set(), []
-    for i, truth_flag_ in enumerate(truth_flags):
+    for i, flag in enumerate(truth_flags):
         best = None
-        if truth_flag_ == -1:
+        if flag == -1:
             continue
         for j, one in enumerate(found):
             if (
@@ -146,7 +146,7 @@ def pass_a(frame, limit):
                 best = j
         if best is not None:
             assigned.add(best)
-            if truth_flag_ == 0 and flags[best] == 0:
+            if flag == 0 and flags[best] == 0:
                 scores.append(found[best].score)
     return scores
 
@@ -156,8 +156,8 @@ def pass_b(frame, limit, threshold, measure):
     found, truths, flags, truth_flags, overlap = frame
     alive = [j for j, one in enumerate(found) if one.score >= threshold and flags[j] != -1]
     assigned, tp = set(), 0
-    for i, truth_flag_ in enumerate(truth_flags):
-        if truth_flag_ == -1:
+    for i, flag in enumerate(truth_flags):
+        if flag == -1:
             continue
         free = [j for j in alive if j not in assigned and overlap[i][j] > limit]
         good = [j for j in free if flags[j] == 0]
@@ -168,7 +168,7 @@ def pass_b(frame, limit, threshold, measure):
         else:
             continue
         assigned.add(best)
-        tp += truth_flag_ == 0 and flags[best] == 0
+        tp += flag == 0 and flags[best] == 0
     wrong = [j for j in alive if flags[j] == 0 and j not in assigned]
     if measure == "2d":
         wrong = [j for j in wrong if not in_dont_care(found[j], truths, limit)]

@@ -373,10 +373,14 @@ def gather_with(other):
     return gather
 
 
+@pytest.mark.parametrize("used_before", [False, True])
 @pytest.mark.parametrize("num_here", range(5))
-def test_two_processes_equal_one(num_here):
+def test_two_processes_equal_one(num_here, used_before):
     found, truths = random_scene(3)
     here, there = KittiAP(), KittiAP()
+    for metric in (here, there) if used_before else ():
+        metric.update(detections(*PAIR), targets(*PAIR))
+        metric.reset()
     for frame in range(4):
         metric = here if frame < num_here else there
         metric.update(

@@ -2,6 +2,21 @@
 
 from altermoma_pl.metrics.bev_iou import BEVIoU
 from altermoma_pl.metrics.centre_distance import CentreDistanceAP
+from altermoma_pl.metrics.kitti import KittiAP
+from altermoma_pl.metrics.kitti_rules import KittiDetections, KittiTargets, kitti_types
 from altermoma_pl.metrics.nuscenes import NUSCENES_CLASSES, DetectionClass, NuScenesDetection
+from altermoma_pl.metrics.rotated_iou import rotated_iou, rotated_iou_3d
 
-__all__ = ["NUSCENES_CLASSES", "BEVIoU", "CentreDistanceAP", "DetectionClass", "NuScenesDetection"]
+__all__ = [
+    "NUSCENES_CLASSES",
+    "BEVIoU",
+    "CentreDistanceAP",
+    "DetectionClass",
+    "KittiAP",
+    "KittiDetections",
+    "KittiTargets",
+    "NuScenesDetection",
+    "kitti_types",
+    "rotated_iou",
+    "rotated_iou_3d",
+]

@@ -3,12 +3,18 @@
 from altermoma_pl.callback import AlterMOMACallback
 from altermoma_pl.contexts import deactivated, restored
 from altermoma_pl.criteria import (
+    SNIP,
     AlterEva,
     Calibration,
     Components,
     Criterion,
+    GraSP,
     Magnitude,
+    ProsPr,
     Random,
+    SynFlow,
+    Taylor,
+    Wanda,
 )
 from altermoma_pl.masks import Masks
 from altermoma_pl.modality import Modalities
@@ -17,6 +23,7 @@ from altermoma_pl.schedules import Cubic, Exponential, Linear, OneShot, Schedule
 from altermoma_pl.sparsity import top_k
 
 __all__ = [
+    "SNIP",
     "AlterEva",
     "AlterMOMACallback",
     "Calibration",
@@ -24,14 +31,19 @@ __all__ = [
     "Criterion",
     "Cubic",
     "Exponential",
+    "GraSP",
     "Linear",
     "Magnitude",
     "Masks",
     "Modalities",
     "OneShot",
+    "ProsPr",
     "Random",
     "Schedule",
     "SparsityReport",
+    "SynFlow",
+    "Taylor",
+    "Wanda",
     "deactivated",
     "restored",
     "top_k",

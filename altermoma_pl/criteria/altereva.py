@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal, get_args, get_type_hints
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch import Tensor
 from altermoma_pl.contexts import deactivated, noise_free, restored
 from altermoma_pl.criteria.base import Calibration, Criterion, Scores
 from altermoma_pl.criteria.components import Components
+from altermoma_pl.criteria.options import check_options
 from altermoma_pl.criteria.reactivation import (
     Gradients,
     mean_change,
@@ -30,17 +31,6 @@ from altermoma_pl.masks import Masks
 from altermoma_pl.modality import SHARED
 
 Normalization = Literal["mean", "sum", "none"]
-
-
-_CHOICES = (
-    "estimator",
-    "reduction",
-    "combination",
-    "normalization",
-    "optimizer",
-    "noise",
-    "second_probe",
-)
 
 
 @dataclass(frozen=True)
@@ -95,16 +85,14 @@ class AlterEva(Criterion):
     second_probe: Literal["same", "fresh"] = "same"
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            allowed = get_args(hint)
-            if name in _CHOICES and getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {list(allowed)}, got {getattr(self, name)!r}")
-        for name in ("alpha", "beta", "learning_rate"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
-        for name, least in (("num_probe_batches", 1), ("num_reactivation_steps", 0), ("learning_rate", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        check_options(
+            self,
+            alpha=-math.inf,
+            beta=-math.inf,
+            num_probe_batches=1,
+            num_reactivation_steps=0,
+            learning_rate=0,
+        )
         if self.gradient_clip is not None and not self.gradient_clip > 0:
             raise ValueError(f"gradient_clip must be positive or None, got {self.gradient_clip}")
         self._check_together()

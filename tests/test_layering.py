@@ -11,9 +11,9 @@ ROOT = "altermoma_pl"
 LAYERS = [  # lowest first; a file of a folder that is not named belongs to its folder
     {"modality", "masks", "schedules", "distributed", "metrics"},
     {"contexts", "sparsity"},
-    {"criteria.base", "criteria.components", "criteria.options", "criteria.linearized"},
-    {"criteria.simple", "criteria.reactivation", "criteria.synflow"},
-    {"criteria.altereva", "criteria.gradient", "criteria.curvature", "criteria.wanda"},
+    {"criteria.base", "criteria.components", "criteria.options", "criteria.graph"},
+    {"criteria.simple", "criteria.reactivation", "criteria.linearized"},
+    {"criteria.altereva", "criteria.gradient", "criteria.curvature", "criteria.synflow", "criteria.wanda"},
     {"criteria.grasp", "criteria.prospr"},
     {"criteria"},
     {"report", "structured"},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from altermoma_pl.criteria.base import Calibration
+from altermoma_pl.criteria.graph import upstream
 from altermoma_pl.criteria.reactivation import Gradients, Weights
 
 
@@ -40,11 +40,17 @@ def hessian_product(
 
 
 def _differentiate(value: Tensor, of: list[Any], instead: str) -> tuple[Tensor | None, ...]:
+    # `once_differentiable` leaves a node that raises, but none that leads to the parameters: autograd
+    # would pass it over, and the result would lack a part.
+    if any(node.name() == "torch::autograd::Error" for node in upstream([value.grad_fn])):
+        raise RuntimeError(_not_twice("a function is marked with @once_differentiable", instead))
     try:
         return torch.autograd.grad(value, of, allow_unused=True)
     except RuntimeError as error:
-        if not re.search("derivative|differentiate", str(error)):
+        if "derivative" not in str(error):
             raise
-        raise RuntimeError(
-            f"an operation of the model cannot be differentiated twice ({error}): use {instead}"
-        ) from error
+        raise RuntimeError(_not_twice(str(error), instead)) from error
+
+
+def _not_twice(why: str, instead: str) -> str:
+    return f"an operation of the model cannot be differentiated twice ({why}): use {instead}"

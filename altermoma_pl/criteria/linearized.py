@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from torch.autograd.graph import Node
 from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
+
+from altermoma_pl.criteria.graph import upstream
 
 _LAYERS = (
     F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
@@ -70,13 +72,7 @@ class Linearized(TorchFunctionMode):
 
     def heads(self) -> list[Tensor]:
         """Summed outputs of the layers that feed no other layer."""
-        inner: set[Node] = set()
-        pending = [node for layer, _ in self.layers for node in _parents(layer)]
-        while pending:
-            node = pending.pop()
-            if node not in inner:
-                inner.add(node)
-                pending += _parents(node)
+        inner = upstream(node for node, _ in self.layers)
         return [total for node, total in self.layers if node not in inner]
 
     def _layer(
@@ -118,10 +114,6 @@ class Linearized(TorchFunctionMode):
         if not options.get("need_weights", True):
             return output, None
         return output, shares.mean(-3) if options.get("average_attn_weights", True) else shares
-
-
-def _parents(node: Node | None) -> Iterable[Node]:
-    return () if node is None else [parent for parent, _ in node.next_functions if parent is not None]
 
 
 def _double(value: Any) -> Any:

@@ -270,6 +270,26 @@ def test_rounds_go_on_from_earlier_masks():
     assert top_k(scores, 0.9, within=earlier).is_subset_of(earlier)
 
 
+def test_balanced_modalities_shrink_by_the_same_factor():
+    model = Pyramid()
+    with torch.no_grad():
+        model.lidar[0].weight.mul_(1e-6)
+    net = made(model, IMAGE, detection_loss)
+    alone = top_k(SynFlow(num_iterations=4, density=0.1).score(net), 0.9)
+    assert not alone["lidar.0.weight"].any()
+    balanced = SynFlow(num_iterations=4, density=0.1, balance_modalities=True)
+    masks = top_k(balanced.score(net), 0.9)
+    for tower in ("camera", "lidar"):
+        size = masks[f"{tower}.0.weight"].numel()
+        assert int(masks[f"{tower}.0.weight"].sum()) == size - round(0.9 * size)
+    # From masks of unlike density, each goes on from its own.
+    later = made(model, IMAGE, detection_loss, masks=top_k(SynFlow(num_iterations=4).score(net), 0.3))
+    assert not later.masks["lidar.0.weight"].all()
+    assert top_k(balanced.score(later), 0.9, within=later.masks).is_subset_of(later.masks)
+    gone = made(model, IMAGE, detection_loss, masks=alone)
+    assert not balanced.score(gone)["lidar.0.weight"].any()
+
+
 def test_a_network_so_deep_that_single_precision_overflows():
     deep = nn.Sequential(nn.Linear(3, 64), *(nn.Linear(64, 64) for _ in range(40)), nn.Linear(64, 4))
     with torch.no_grad():

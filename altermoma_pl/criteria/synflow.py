@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,9 @@ class SynFlow(Criterion):
         num_iterations: Rounds, each one forward and one backward pass of one batch in float64.
         density: Share of the weights alive that is left after the last round, in (0, 1).
         normalize_heads: Divide the flow out of each head by its total; if not, the widest head dominates.
+        balance_modalities: Each modality, and what they share, shrinks by the same factor in a round; if
+            not, a branch through which little flows, such as a shallow one beside a deep residual one,
+            falls first and may vanish.
 
     Raises:
         ValueError: If a value is outside what is described.
@@ -46,6 +50,7 @@ class SynFlow(Criterion):
     num_iterations: int = 100
     density: float = 0.01
     normalize_heads: bool = True
+    balance_modalities: bool = False
 
     def __post_init__(self) -> None:
         check_options(self, num_iterations=1)
@@ -59,15 +64,18 @@ class SynFlow(Criterion):
             ValueError: As `flow`.
         """
         labelled = _first_batch(calibration)
-        masks = calibration.masks or Masks.dense(calibration.weights)
-        alive = masks.num_kept / masks.num_weights
+        masks = (calibration.masks or Masks.dense(calibration.weights)).to(calibration.model)
+        groups = calibration.group_of if self.balance_modalities else dict.fromkeys(masks, "all")
+        alive = _densities(masks, groups)
         ranks = {name: torch.zeros_like(m, dtype=torch.float64) for name, m in masks.items()}
         highest = 0
         for done in range(self.num_iterations):
             calibration.progress(_PHASE, done, self.num_iterations)
             flow = self._flow(calibration, labelled, masks)[1]
-            sparsity = 1 - alive * self.density ** ((done + 1) / self.num_iterations)
-            kept = top_k(flow, sparsity, within=masks)
+            factor = self.density ** ((done + 1) / self.num_iterations)
+            # Not 0: one that is pruned altogether stays so.
+            sparsity = {group: 1 - max(density * factor, 1e-15) for group, density in alive.items()}
+            kept = top_k(flow, sparsity, "modality", within=masks, groups=groups)
             highest = _rank(ranks, flow, {n: masks[n] & ~kept[n] for n in masks}, highest)
             masks = kept
         calibration.progress(_PHASE, self.num_iterations, self.num_iterations)
@@ -130,6 +138,14 @@ def _make_positive_(calibration: Calibration, masks: Masks) -> None:
             parameter.requires_grad_()
         elif not is_constant(leaf, parameter):
             parameter.data = (torch.zeros_like(value) if "bias" in leaf else value.abs()).double()
+
+
+def _densities(masks: Masks, groups: Mapping[str, str]) -> dict[str, float]:
+    """Group -> share of its weights that the masks keep."""
+    members: dict[str, dict[str, Tensor]] = {}
+    for name, mask in masks.items():
+        members.setdefault(groups[name], {})[name] = mask
+    return {group: 1 - Masks(own).sparsity for group, own in members.items()}
 
 
 def _rank(ranks: Scores, flow: Scores, which: Masks | dict[str, Tensor], offset: int) -> int:

@@ -54,8 +54,8 @@ def test_synaptic_flow_sees_where_points_are_and_nothing_else_of_the_data():
 
     flows = [SynFlow().flow(made(probe))[1] for probe in (make_batch, repainted, fewer)]
     assert all(torch.equal(f, flows[1][name]) for name, f in flows[0].items())
-    name = "model.encoders.lidar.pillars.linear.weight"
-    assert not torch.allclose(flows[0][name], flows[2][name])
+    every, some = (total(flows[index], "encoders.lidar.pillars.linear") for index in (0, 2))
+    assert some < 0.9 * every
 
 
 @pytest.mark.filterwarnings("ignore:.* batches were asked for, the loader has")

@@ -3,12 +3,18 @@
 from altermoma_pl.callback import AlterMOMACallback
 from altermoma_pl.contexts import deactivated, restored
 from altermoma_pl.criteria import (
+    SNIP,
     AlterEva,
     Calibration,
     Components,
     Criterion,
+    GraSP,
     Magnitude,
+    ProsPr,
     Random,
+    SynFlow,
+    Taylor,
+    Wanda,
     choose_beta,
 )
 from altermoma_pl.masks import Masks
@@ -18,6 +24,7 @@ from altermoma_pl.schedules import Cubic, Exponential, Linear, OneShot, Rewindin
 from altermoma_pl.sparsity import top_k
 
 __all__ = [
+    "SNIP",
     "AlterEva",
     "AlterMOMACallback",
     "Calibration",
@@ -25,15 +32,20 @@ __all__ = [
     "Criterion",
     "Cubic",
     "Exponential",
+    "GraSP",
     "Linear",
     "Magnitude",
     "Masks",
     "Modalities",
     "OneShot",
+    "ProsPr",
     "Random",
     "Rewinding",
     "Schedule",
     "SparsityReport",
+    "SynFlow",
+    "Taylor",
+    "Wanda",
     "choose_beta",
     "deactivated",
     "restored",

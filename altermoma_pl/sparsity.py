@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from altermoma_pl.masks import Masks
 
-Scope = Literal["global", "modality", "layer"]
+Scope = Literal["global", "modality", "layer", "row"]
 
 
 def top_k(
@@ -33,7 +33,9 @@ def top_k(
         scores: Parameter name -> score of each weight, higher is kept.
         sparsity: Share of zeros in [0, 1), of all weights and not of what remains; or one for each
             group, with the scope "modality".
-        scope: Over what weights compete: all, each group of `groups`, or each tensor.
+        scope: Over what weights compete: all, each group of `groups`, each tensor, or each row of each
+            tensor, that is each index of its first dimension: the weights of one output of a linear or
+            convolution layer (of one input, if the convolution is transposed).
         within: Masks to shrink; what they prune stays pruned.
         min_density: Share of each tensor that stays whatever its scores, at least one weight; 0 for
             no such floor. The exact count still holds.
@@ -54,7 +56,8 @@ def top_k(
         candidates = [within[n] if within else torch.ones_like(scores[n], dtype=torch.bool) for n in names]
         values = [scores[n] for n in names]
         ties = [tie_breaker[n] for n in names] if tie_breaker is not None else None
-        kept = _keep_best(label, values, candidates, share, min_density, ties)
+        keep_best = _keep_best_in_rows if scope == "row" else _keep_best
+        kept = keep_best(label, values, candidates, share, min_density, ties)
         keep.update(zip(names, kept, strict=True))
     return Masks({name: keep[name] for name in scores})
 
@@ -108,13 +111,13 @@ def _scopes(
         check_sparsity(sparsity)
     if scope == "global":
         yield "the model", list(scores), sparsity  # type: ignore[misc]
-    elif scope == "layer":
+    elif scope in ("layer", "row"):
         for name in scores:
             yield f"{name!r}", [name], sparsity  # type: ignore[misc]
     elif scope == "modality":
         yield from _modality_scopes(scores, sparsity, groups)
     else:
-        raise ValueError(f"scope must be 'global', 'modality' or 'layer', got {scope!r}")
+        raise ValueError(f"scope must be one of {list(get_args(Scope))}, got {scope!r}")
 
 
 def _modality_scopes(
@@ -147,18 +150,9 @@ def _keep_best(
     total = sum(score.numel() for score in scores)
     count = total - round(sparsity * total)
     live = [int(c.count_nonzero()) for c in candidates]
-    if count > sum(live):
-        raise ValueError(
-            f"sparsity {sparsity:.6g} of {label} is below what is already pruned, "
-            f"{1 - sum(live) / total:.6g}: masks only shrink, ask for more or start "
-            f"from a dense checkpoint"
-        )
+    _check_enough(label, sparsity, count, sum(live), total)
     floors = [_floor(score.numel(), alive, min_density) for score, alive in zip(scores, live, strict=True)]
-    if sum(floors) > count:
-        raise ValueError(
-            f"sparsity {sparsity:.6g} of {label} keeps {count} of {total} weights, but "
-            f"min_density={min_density:g} protects {sum(floors)}: lower one of them"
-        )
+    _check_floors(label, sparsity, count, total, min_density, sum(floors))
     device = scores[0].device
     flat, open_ = _flat(scores, device), _flat(candidates, device)
     second = _flat(ties, device) if ties else None
@@ -171,6 +165,51 @@ def _keep_best(
     kept |= _best(flat, open_ & ~kept, count - sum(floors), second)
     parts = torch.split(kept, [score.numel() for score in scores])
     return [p.view(s.shape).to(s.device) for p, s in zip(parts, scores, strict=True)]
+
+
+def _keep_best_in_rows(
+    label: str,
+    scores: list[Tensor],
+    candidates: list[Tensor],
+    sparsity: float,
+    min_density: float,
+    ties: list[Tensor] | None,
+) -> list[Tensor]:
+    """The same number of weights in each row of one tensor."""
+    (score,), (candidate,) = scores, candidates
+    shape = (score.shape[0] if score.ndim > 1 else 1, -1) if score.numel() else (1, 0)
+    values, open_ = score.detach().reshape(shape), candidate.to(score.device).reshape(shape)
+    rows, columns = values.shape
+    count = columns - round(sparsity * columns)
+    fewest = int(open_.sum(1).min())
+    _check_enough(f"a row of {label}", sparsity, count, fewest, columns)
+    floor = _floor(score.numel(), int(open_.count_nonzero()), min_density)
+    _check_floors(label, sparsity, rows * count, score.numel(), min_density, floor)
+    order = torch.arange(columns, device=values.device).expand(rows, columns)
+    keys = [values] if ties is None else [ties[0].detach().to(values.device).reshape(shape), values]
+    for key in (*keys, open_.int()):  # stable sorts, the most important key last
+        order = order.gather(1, key.gather(1, order).argsort(dim=1, descending=True, stable=True))
+    kept = torch.zeros_like(open_).scatter_(1, order[:, :count], True)
+    return [kept.view(score.shape)]
+
+
+def _check_enough(label: str, sparsity: float, count: int, alive: int, total: int) -> None:
+    if count > alive:
+        raise ValueError(
+            f"sparsity {sparsity:.6g} of {label} is below what is already pruned, "
+            f"{1 - alive / total:.6g}: masks only shrink, ask for more or start "
+            f"from a dense checkpoint"
+        )
+
+
+def _check_floors(
+    label: str, sparsity: float, count: int, total: int, min_density: float, protected: int
+) -> None:
+    if protected > count:
+        raise ValueError(
+            f"sparsity {sparsity:.6g} of {label} keeps {count} of {total} weights, but "
+            f"min_density={min_density:g} protects {protected}: lower one of them"
+        )
 
 
 def _floor(size: int, alive: int, min_density: float) -> int:

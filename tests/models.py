@@ -15,6 +15,16 @@ ORACLES = json.loads((Path(__file__).parent / "oracles.json").read_text())
 BRANCHES = {"camera": ["camera"], "lidar": ["lidar"]}
 
 
+def covers(*oracles):
+    """Mark a test as that of entries of oracles.json: each must have one."""
+
+    def mark(test):
+        test.oracles = oracles
+        return test
+
+    return mark
+
+
 def concrete_subclasses(base):
     """All subclasses of this package that can be made, however deep."""
     pending, found = [base], set()

@@ -14,6 +14,7 @@ from tests.models import (
     Scalar,
     ThreeModalities,
     calibration,
+    covers,
     oracle_batches,
     scalar_batch,
     squared_error,
@@ -62,6 +63,7 @@ def close(found, expected, rtol=1e-12):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@covers("alter_moma")
 def test_the_oracle(variant):
     criterion, probe, training = VARIANTS[variant]
     oracle = ORACLE["variants"][variant]
@@ -112,32 +114,60 @@ def test_the_second_step_of_iterative_pruning():
     assert top_k(scores, 7 / 9, within=masks).is_subset_of(masks)
 
 
-def quantile_scores(shape, sizes):
-    values = {}
-    for name, size in sizes.items():
-        p = (torch.arange(size, dtype=torch.float64) + 0.5) / size
-        normal = torch.special.ndtri(p)
-        values[name] = {
-            "deci_exponential": -torch.log1p(-p),
-            "deci_lognormal_sigma1": normal.exp(),
-            "deci_lognormal_sigma2": (2 * normal).exp(),
-        }[shape]
-    return values
+SIZES = {"camera": 280_000, "lidar": 80_000, "fusion": 50_000}  # 28M, 8M, 5M parameters, scaled
+BY_SUM = AlterEva(combination="subtract", normalization="sum")
 
 
-@pytest.mark.parametrize("shape", ["deci_exponential", "deci_lognormal_sigma1", "deci_lognormal_sigma2"])
+def exponential(p):
+    """Quantiles of the exponential distribution."""
+    return -torch.log1p(-p)
+
+
+QUANTILES = {
+    "deci_exponential": exponential,
+    "deci_lognormal_sigma1": lambda p: torch.special.ndtri(p).exp(),
+    "deci_lognormal_sigma2": lambda p: (2 * torch.special.ndtri(p)).exp(),
+}
+TABLE = ORACLES["group_size_effect"]["table"]
+
+
+def grid(size):
+    return (torch.arange(size, dtype=torch.float64) + 0.5) / size
+
+
+def check_shares(scores, row, sparsity):
+    """Of weights pruned in each group, and of the lowest score that stays."""
+    masks = top_k(scores, float(sparsity))
+    lowest = min(float(scores[name][mask].min()) for name, mask in masks.items())
+    # The grid of quantiles cuts the tail of the sums: that is the tolerance.
+    assert lowest / 100 == pytest.approx(row["tau"], rel=5e-3)  # a hundredth of the weights
+    for name, mask in masks.items():
+        assert 1 - float(mask.double().mean()) == pytest.approx(row[name], abs=1e-3)
+
+
+@pytest.mark.parametrize("shape", QUANTILES)
+@covers("group_size_effect")
 def test_sums_favour_small_groups_and_means_do_not(shape):
-    sizes = {"camera": 280_000, "lidar": 80_000, "fusion": 50_000}  # 28M, 8M, 5M parameters, scaled
-    deci = quantile_scores(shape, sizes)
+    deci = {name: QUANTILES[shape](grid(size)) for name, size in SIZES.items()}
     components = Components(deci, {"camera": deci, "lidar": deci}, {name: name for name in deci}, {})
-    by_sum = AlterEva(beta=0.0, combination="subtract", normalization="sum").combine(components)
-    by_mean = AlterEva(beta=0.0, combination="subtract", normalization="mean").combine(components)
-    for sparsity, row in ORACLES["group_size_effect"]["table"][shape].items():
-        for name, mask in top_k(by_sum, float(sparsity)).items():
-            # The grid of quantiles cuts the tail of the sums: that is the tolerance.
-            assert 1 - float(mask.double().mean()) == pytest.approx(row[name], abs=1e-3)
+    by_sum = dataclasses.replace(BY_SUM, beta=0.0).combine(components)
+    by_mean = dataclasses.replace(BY_SUM, beta=0.0, normalization="mean").combine(components)
+    for sparsity, row in TABLE[shape].items():
+        check_shares(by_sum, row, sparsity)
         for mask in top_k(by_mean, float(sparsity)).values():
             assert 1 - float(mask.double().mean()) == pytest.approx(float(sparsity), abs=1e-3)
+
+
+def test_sums_favour_small_groups_of_differences_too():
+    golden = (5**0.5 - 1) / 2  # pairs (i, frac(golden i)) fill the square evenly: independent draws
+    index = {name: torch.arange(size, dtype=torch.float64) + 0.5 for name, size in SIZES.items()}
+    deci = {name: exponential(grid(size)) for name, size in SIZES.items()}
+    other = {name: exponential((i * golden).frac()) for name, i in index.items()}
+    reri = {m: {n: r for n, r in other.items() if n != m} for m in ("camera", "lidar")}
+    scores = BY_SUM.combine(Components(deci, reri, {name: name for name in deci}, {}))
+    assert {shape for shape in TABLE if shape not in QUANTILES} == {"alpha=beta_laplace(DeCI,ReRI iid exp)"}
+    for sparsity, row in TABLE["alpha=beta_laplace(DeCI,ReRI iid exp)"].items():
+        check_shares(scores, row, sparsity)
 
 
 # With c = 2, l = 3, f = (1, -1) and the batches (x, z, t) below, the residual e = y - t is

@@ -68,7 +68,7 @@ def state_sparsity(state: dict[str, Any]) -> float:
         ({"sparsity": 90}, "sparsity must be a share of zeros in [0, 1), got 90"),
         ({"sparsity": float("nan")}, "sparsity must be a share of zeros in [0, 1), got nan"),
         ({"sparsity": "0.5"}, "sparsity must be a share of zeros in [0, 1), got '0.5'"),
-        ({"scope": "channel"}, "scope must be one of ['global', 'modality', 'layer'], got 'channel'"),
+        ({"scope": "channel"}, "scope must be one of ['global', 'modality', 'layer', 'row'], got 'channel'"),
         (
             {"loader": "test"},
             "loader must be one of ['auto', 'calibration', 'validation', 'training'], got 'test'",

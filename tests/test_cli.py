@@ -214,6 +214,26 @@ def test_iterative_magnitude_pruning_from_a_file(folder):
     assert [(event["epoch"], round(120 * event["sparsity"])) for event in state.events] == [(1, 66), (2, 96)]
 
 
+@pytest.mark.filterwarnings("ignore:.* batches were asked for, the loader has")
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        "{class_path: SNIP, init_args: {num_probe_batches: 2}}",
+        "{class_path: altermoma_pl.Taylor}",
+        "{class_path: GraSP, init_args: {hessian: finite_difference}}",
+        "{class_path: altermoma_pl.SynFlow, init_args: {num_iterations: 2, density: 0.1}}",
+        "{class_path: ProsPr, init_args: {order: full, momentum: 0.9, num_steps: 2}}",
+        "Wanda",
+    ],
+)
+def test_baselines_by_name(folder, criterion):
+    (folder / "more.yaml").write_text(f"pruning: {{criterion: {criterion}, scope: row, sparsity: 0.25}}")
+    state = fit("--config", "more.yaml", "--pruning.min_density=0")
+    for mask in state.masks.values():
+        rows, columns = mask.shape
+        assert mask.sum(1).tolist() == [columns - round(0.25 * columns)] * rows
+
+
 @pytest.mark.filterwarnings("ignore:100 training batches were asked for, the loader has 4")
 @pytest.mark.parametrize("name", ["altermoma_pl.AlterEva.paper", "{class_path: altermoma_pl.AlterEva.paper}"])
 def test_the_published_algorithm_by_name(folder, name):

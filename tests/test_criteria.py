@@ -8,7 +8,21 @@ import torch
 import torchmetrics
 from torch import nn
 
-from altermoma_pl import AlterEva, Calibration, Criterion, Magnitude, Masks, Random, top_k
+from altermoma_pl import (
+    SNIP,
+    AlterEva,
+    Calibration,
+    Criterion,
+    GraSP,
+    Magnitude,
+    Masks,
+    ProsPr,
+    Random,
+    SynFlow,
+    Taylor,
+    Wanda,
+    top_k,
+)
 from tests.models import (
     BRANCHES,
     INTERLEAVED,
@@ -40,13 +54,24 @@ SETTINGS = {
     "adam_as_is": AlterEva(**SMALL, optimizer="adam", noise="as_is"),
     "paper": AlterEva.paper(),
 }
-MADE = [(c.__name__, c()) for c in CRITERIA if c is not AlterEva] + list(SETTINGS.items())
+VARIANTS = {
+    "finite_difference": GraSP(num_probe_batches=3, hessian="finite_difference"),
+    "full_prospr": ProsPr(order="full", momentum=0.9, learning_rate=0.05),
+    "synflow": SynFlow(num_iterations=3),
+    "synflow_without_normalisation": SynFlow(num_iterations=1, density=0.3, normalize_heads=False),
+}
+MADE = [
+    *((c.__name__, c()) for c in CRITERIA if c not in (AlterEva, SynFlow)),
+    *SETTINGS.items(),
+    *VARIANTS.items(),
+]
 every_criterion = pytest.mark.parametrize("criterion", [c for _, c in MADE], ids=[name for name, _ in MADE])
 short_loaders = pytest.mark.filterwarnings("ignore:.* batches were asked for, the loader has")
 
 
 def test_the_shipped_ones_are_found():
-    assert {AlterEva, Magnitude, Random} <= set(CRITERIA)
+    baselines = {SNIP, GraSP, SynFlow, ProsPr, Taylor, Wanda}
+    assert {AlterEva, Magnitude, Random} | baselines <= set(CRITERIA)
 
 
 def traits():

@@ -1,5 +1,6 @@
 import math
 import re
+from typing import get_args
 
 import hypothesis.strategies as st
 import pytest
@@ -7,7 +8,7 @@ import torch
 from hypothesis import assume, given, settings
 
 from altermoma_pl import Masks, top_k
-from altermoma_pl.sparsity import check_sparsity
+from altermoma_pl.sparsity import Scope, check_sparsity
 
 GROUPS = {"a": "camera", "b": "lidar", "c": "camera"}
 
@@ -28,6 +29,8 @@ SCORES = tensors(a=[[4.0, -1.0], [0.5, 3.0]], b=[9.0, 8.0, 7.0, 6.0], c=[5.0, 5.
     [
         ({"sparsity": 0.5}, {"a": [[0, 0], [0, 0]], "b": [1, 1, 1, 1], "c": [0, 1]}),
         ({"sparsity": 0.5, "scope": "layer"}, {"a": [[1, 0], [0, 1]], "b": [1, 1, 0, 0], "c": [0, 1]}),
+        ({"sparsity": 0.5, "scope": "row"}, {"a": [[1, 0], [0, 1]], "b": [1, 1, 0, 0], "c": [0, 1]}),
+        ({"sparsity": 0.9, "scope": "row"}, {"a": [[0, 0], [0, 0]], "b": [0, 0, 0, 0], "c": [0, 0]}),
         (
             {"sparsity": 0.5, "scope": "modality", "groups": GROUPS},
             {"a": [[1, 0], [0, 0]], "b": [1, 1, 0, 0], "c": [1, 1]},
@@ -97,6 +100,16 @@ def test_a_scalar_and_an_empty_tensor_count_what_they_hold():
     assert masks["c"].tolist() == [True]
 
 
+def test_rows_of_a_convolution_hold_their_count_and_an_empty_tensor_has_none():
+    generator = torch.Generator().manual_seed(0)
+    scores = {"a": torch.randn(6, 4, 3, 3, generator=generator), "b": torch.ones(0, 3)}
+    masks = top_k(scores, 0.75, scope="row", min_density=0.0)
+    assert masks["a"].flatten(1).sum(1).tolist() == [9] * 6
+    assert masks["b"].shape == (0, 3)
+    for row, mask in zip(scores["a"], masks["a"], strict=True):
+        assert float(row[mask].min()) > float(row[~mask].max())
+
+
 def test_a_transposed_score_is_ranked_row_by_row():
     scores = {"a": torch.tensor([[1.0, 1.0], [0.0, 1.0]]).T}
     assert kept(top_k(scores, 0.5)) == {"a": [[1, 0], [1, 0]]}
@@ -104,6 +117,8 @@ def test_a_transposed_score_is_ranked_row_by_row():
 
 def reference(scores, sparsity, scope, within, min_density, groups, ties):
     """The same by sorting lists: what is protected first, then the best of the rest."""
+    if scope == "row":
+        return reference_by_rows(scores, sparsity, within, min_density, ties)
     flat = {}
     for order, (name, score) in enumerate(scores.items()):
         tie = ties[name].flatten().tolist() if ties else [0.0] * score.numel()
@@ -130,8 +145,33 @@ def reference(scores, sparsity, scope, within, min_density, groups, ties):
     return {name: [(name, i) in chosen for i in range(score.numel())] for name, score in scores.items()}
 
 
+def reference_by_rows(scores, sparsity, within, min_density, ties):
+    """Each row as a tensor of its own; the floor is that of the whole tensor."""
+    kept = {}
+    for name, score in scores.items():
+        chosen = []
+        for i, row in enumerate(score if score.ndim > 1 else [score]):
+            part = {
+                key: {name: values[name][i] if score.ndim > 1 else values[name]}
+                for key, values in (("within", within), ("ties", ties))
+                if values
+            }
+            found = reference(
+                {name: row}, sparsity, "layer", groups={}, min_density=0, **{"ties": None} | part
+            )
+            if found is None:
+                return None
+            chosen += found[name]
+        live = int(within[name].sum())
+        floor = min(live, max(1, math.ceil(min_density * score.numel()))) if min_density else 0
+        if floor > sum(chosen):
+            return None
+        kept[name] = chosen
+    return kept
+
+
 @st.composite
-def problems(draw):
+def problems(draw, scopes=("global", "layer", "modality")):
     shapes = draw(st.lists(st.sampled_from([(1,), (3,), (2, 2), (5,), (2, 4)]), min_size=1, max_size=4))
     names = list("abcd")[: len(shapes)]
     values = st.sampled_from([-2.0, -1.0, 0.0, 0.5, 0.5, 3.0])
@@ -147,7 +187,7 @@ def problems(draw):
     return {
         "scores": draw_tensors(values, torch.float32),
         "sparsity": draw(st.integers(0, 19)) / 20,
-        "scope": draw(st.sampled_from(["global", "layer", "modality"])),
+        "scope": draw(st.sampled_from(scopes)),
         "within": draw_tensors(st.sampled_from([True, True, True, False]), torch.bool),
         "min_density": draw(st.sampled_from([0.0, 0.0, 0.01, 0.3])),
         "groups": dict(zip(names, ["camera", "lidar", "camera", "lidar"], strict=False)),
@@ -155,8 +195,8 @@ def problems(draw):
     }
 
 
-@given(problems())
-@settings(max_examples=300, deadline=None)
+@given(problems(get_args(Scope)))
+@settings(max_examples=400, deadline=None)
 def test_equals_sorting_lists(problem):
     ties = problem.pop("ties")
     expected = reference(ties=ties, **problem)
@@ -217,13 +257,25 @@ def test_a_million_weights_are_counted_exactly():
 
 
 ERRORS = [
+    (
+        {
+            "scope": "row",
+            "sparsity": 0.5,
+            "within": Masks(tensors(a=[[True, True], [False, False]], b=[True] * 4, c=[True] * 2)),
+        },
+        "sparsity 0.5 of a row of 'a' is below what is already pruned, 1: masks only shrink",
+    ),
+    (
+        {"scope": "row", "sparsity": 0.8, "min_density": 0.01},
+        "sparsity 0.8 of 'a' keeps 0 of 4 weights, but min_density=0.01 protects 1: lower one of them",
+    ),
     ({"scores": {}}, "there are no scores: nothing to rank"),
     ({"sparsity": 1.0}, "sparsity must be a share of zeros in [0, 1), got 1.0"),
     ({"sparsity": -0.1}, "sparsity must be a share of zeros in [0, 1), got -0.1"),
     ({"sparsity": math.nan}, "sparsity must be a share of zeros in [0, 1), got nan"),
     ({"sparsity": "0.5"}, "sparsity must be a share of zeros in [0, 1), got '0.5'"),
     ({"min_density": 1.5}, "min_density must be in [0, 1], got 1.5"),
-    ({"scope": "block"}, "scope must be 'global', 'modality' or 'layer', got 'block'"),
+    ({"scope": "block"}, "scope must be one of ['global', 'modality', 'layer', 'row'], got 'block'"),
     (
         {"sparsity": {"camera": 0.5}},
         "one sparsity for each modality needs the scope 'modality', got 'global'",

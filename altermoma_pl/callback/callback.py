@@ -62,7 +62,7 @@ class AlterMOMACallback(Callback):
             each modality and "shared", with the scope "modality".
         criterion: Scores the weights.
         schedule: At which epochs, and how far; whether events bring the run back to an earlier state.
-        scope: Over what weights compete: the model ("global"), each "modality", or each "layer".
+        scope: Over what weights compete: "global", in each "modality", "layer", or output "row" of a layer.
         min_density: Share of each tensor that stays whatever its scores, at least one weight; 0 for no floor.
         prunable: Patterns over parameter names that add to the weights of convolution, linear and
             attention layers; with a leading `!` they remove.

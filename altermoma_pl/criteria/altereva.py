@@ -10,7 +10,7 @@ import math
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal, get_args, get_type_hints
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from altermoma_pl.criteria.components import (
     check_contribution,
     group_divisors,
 )
+from altermoma_pl.criteria.options import check_options
 from altermoma_pl.criteria.reactivation import (
     Gradients,
     mean_change,
@@ -32,16 +33,6 @@ from altermoma_pl.criteria.reactivation import (
 )
 from altermoma_pl.masks import Masks
 from altermoma_pl.modality import SHARED
-
-_CHOICES = (
-    "estimator",
-    "reduction",
-    "combination",
-    "normalization",
-    "optimizer",
-    "noise",
-    "second_probe",
-)
 
 
 @dataclass(frozen=True)
@@ -98,18 +89,10 @@ class AlterEva(Criterion):
     second_probe: Literal["same", "fresh"] = "same"
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            allowed = get_args(hint)
-            if name in _CHOICES and getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {list(allowed)}, got {getattr(self, name)!r}")
         if isinstance(self.beta, str) and self.beta != "auto":
             raise ValueError(f"beta must be a number or 'auto', got {self.beta!r}")
-        for name in ("alpha", "learning_rate", *(() if self.beta == "auto" else ("beta",))):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
-        for name, least in (("num_probe_batches", 1), ("num_reactivation_steps", 0), ("learning_rate", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        least = {"alpha": -math.inf} if self.beta == "auto" else {"alpha": -math.inf, "beta": -math.inf}
+        check_options(self, **least, num_probe_batches=1, num_reactivation_steps=0, learning_rate=0)
         if self.gradient_clip is not None and not self.gradient_clip > 0:
             raise ValueError(f"gradient_clip must be positive or None, got {self.gradient_clip}")
         self._check_together()

@@ -128,16 +128,17 @@ class Calibration:
         if not torch.isfinite(loss).all():
             raise NonFiniteLossError(
                 f"the loss of {label} is {loss.item()}: check the batch, or lower the learning rate "
-                f"of the criterion if it happened during reactivation"
+                f"of the criterion if it happened after steps of training"
             )
         return loss.reshape(())
 
     def gradients(
-        self, label: str, batch: Any, of: Mapping[str, nn.Parameter]
+        self, label: str, batch: Any, of: Mapping[str, nn.Parameter], create_graph: bool = False
     ) -> tuple[float, dict[str, Tensor]]:
         """The loss on a batch and its gradients; parameters that it does not reach are left out.
 
-        `.grad` is not touched and no hook on gradient accumulation fires.
+        `.grad` is not touched and no hook on gradient accumulation fires. With `create_graph` the
+        gradients can be differentiated.
 
         Raises:
             TypeError, ValueError: As `loss`, and if the loss has no gradient or one is not finite.
@@ -148,7 +149,7 @@ class Calibration:
                 f"the loss of {label} has no gradient: it is detached, computed without gradients, "
                 f"or depends on no trainable parameter"
             )
-        found = torch.autograd.grad(loss, list(of.values()), allow_unused=True)
+        found = torch.autograd.grad(loss, list(of.values()), create_graph=create_graph, allow_unused=True)
         gradients = {name: g for name, g in zip(of, found, strict=True) if g is not None}
         for name, gradient in gradients.items():
             if not torch.isfinite(gradient).all():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from altermoma_pl.criteria.base import Calibration
 
 Gradients = dict[str, Tensor]
 Weights = Mapping[str, nn.Parameter]
+Measure = Callable[[str, Any, Weights], tuple[float, Gradients]]
+"""Label, batch and parameters -> the loss on the batch and what is measured of each parameter."""
 
 
 def mean_gradients(
@@ -21,12 +24,23 @@ def mean_gradients(
     phase: str,
     skip: int = 0,
     absolute: bool = False,
+    measure: Measure | None = None,
 ) -> tuple[float, Gradients]:
-    """Mean loss and mean gradient (or mean absolute gradient) over probe batches."""
+    """Mean loss and mean gradient (or mean absolute gradient) over probe batches.
+
+    Args:
+        calibration: The model and its batches.
+        of: Parameters by name.
+        count: Number of batches.
+        phase: Told to whoever watches the progress.
+        skip: Batches to pass over first.
+        absolute: The absolute value of each batch's gradient goes into the mean.
+        measure: What to measure on each batch instead of the gradient.
+    """
     seed_generators(calibration.seed)
-    sums, losses = _zeros(of), []
+    sums, losses = accumulators(of), []
     for label, batch in calibration.probes(count, phase, skip):
-        loss, gradients = calibration.gradients(label, batch, of)
+        loss, gradients = (measure or calibration.gradients)(label, batch, of)
         losses.append(loss)
         for name, gradient in gradients.items():
             sums[name] += gradient.abs() if absolute else gradient
@@ -53,7 +67,7 @@ def mean_change(
     train()
     after = _copy(parameters)
     seed_generators(calibration.seed)
-    sums, losses, later_losses = _zeros(of), [], []
+    sums, losses, later_losses = accumulators(of), [], []
     for label, batch in calibration.probes(count, f"{phase}, reactivated"):
         _load_(parameters, before)
         loss, gradients = calibration.gradients(label, batch, of)
@@ -104,12 +118,14 @@ def reactivate(
         stepper.zero_grad(set_to_none=True)
 
 
-def _zeros(of: Weights) -> Gradients:
-    """Accumulators in float32 at least."""
-    return {
-        name: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32), requires_grad=False)
-        for name, w in of.items()
-    }
+def accumulators(of: Weights) -> Gradients:
+    """Zeros like the parameters, in float32 at least."""
+    return {name: torch.zeros_like(at_least_float32(w.detach())) for name, w in of.items()}
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The same, of a type in which sums and squares keep their precision."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _mean(values: list[float]) -> float:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from altermoma_pl.metrics.rotated_iou import rotated_iou, rotated_iou_3d
+from altermoma_pl.metrics.box_overlap import rotated_iou, rotated_iou_3d
 
 KITTI_TYPES = (
     "Car",

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from altermoma_pl.metrics import rotated_iou as module
-from altermoma_pl.metrics.rotated_iou import rotated_intersection, rotated_iou, rotated_iou_3d
+from altermoma_pl.metrics import box_overlap as module
+from altermoma_pl.metrics.box_overlap import rotated_intersection, rotated_iou, rotated_iou_3d
 
 UNIT = (0.0, 0.0, 1.0, 1.0, 0.0)
 

@@ -1,4 +1,4 @@
-"""Command line: `altermoma fit | validate | test | report`."""
+"""Command line: `altermoma fit | validate | test | report | compare`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 import altermoma_pl.figures as figures
 from altermoma_pl.callback import AlterMOMACallback
 from altermoma_pl.callback.state import PruningState
+from altermoma_pl.compare import compare
 
 _DESCRIPTION = (
     "Train and prune a fusion model. `altermoma report CHECKPOINT` shows what a checkpoint of a pruned "
-    "model keeps, per layer and per modality (see `altermoma report --help`)."
+    "model keeps, per layer and per modality (see `altermoma report --help`). `altermoma compare` compares "
+    "criteria on a benchmark (see `altermoma compare --help`)."
 )
 
 
@@ -59,6 +61,9 @@ def main(args: list[str] | None = None) -> None:
         return
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    if arguments[:1] == ["compare"]:
+        _compare(arguments[1:])
+        return
     AlterMOMACLI(args=args)
 
 
@@ -97,6 +102,20 @@ def load_pruning_state(path: str, trust: bool = False) -> PruningState:
         if weight is not None and weight[~mask].count_nonzero():
             raise ValueError(f"{path}: {name!r} is not zero where its mask prunes it")
     return state
+
+
+def _compare(arguments: list[str]) -> None:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog="altermoma compare", description=compare.__doc__)
+    parser.add_argument("--config", action="config", help="a YAML file with the options below")
+    parser.add_function_arguments(compare, as_positional=False)
+    options = parser.instantiate(parser.parse_args(arguments))
+    del options["config"]
+    try:
+        compare(**options)
+    except (RuntimeError, ValueError) as error:
+        parser.error(str(error))
 
 
 def _report(arguments: list[str]) -> None:

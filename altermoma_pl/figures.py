@@ -19,9 +19,9 @@ from altermoma_pl.report import SparsityReport
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
-_SHARED_COLOUR = "#7F7F7F"
-_MARKERS = "os^Dv<>"
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+SHARED_COLOUR = "#7F7F7F"
+MARKERS = "os^Dv<>"
 _MAX_POINTS = 4000
 
 
@@ -61,7 +61,7 @@ def kept_per_layer(report: SparsityReport) -> Figure:
     from matplotlib.patches import Patch
 
     colours = _colours(report.groups)
-    figure, axes = _axes(width=8, height=max(2.5, 0.22 * len(report.layers) + 1.2))
+    figure, axes = new_axes(width=8, height=max(2.5, 0.22 * len(report.layers) + 1.2))
     axes.barh(
         [layer.name.removesuffix(".weight") for layer in report.layers],
         [layer.kept for layer in report.layers],
@@ -84,9 +84,9 @@ def importance_against_redundancy(components: Components, masks: Masks) -> Figur
     """Scatter of a sample of weights: DeCI against the sum of ReRI, pruned ones hollow."""
     groups = list(dict.fromkeys(components.group_of.values()))
     colours = _colours(groups)
-    figure, axes = _axes(width=6.5, height=5)
+    figure, axes = new_axes(width=6.5, height=5)
     generator = torch.Generator().manual_seed(0)
-    for group, marker in zip(groups, _MARKERS * len(groups), strict=False):
+    for group, marker in zip(groups, MARKERS * len(groups), strict=False):
         names = [name for name, own in components.group_of.items() if own == group]
         deci = torch.cat([components.deci[n].flatten().cpu() for n in names])
         reri = torch.cat([_total_reri(components, n) for n in names])
@@ -120,13 +120,13 @@ def sparsity_over_epochs(events: Sequence[Mapping[str, Any]]) -> Figure:
     Args:
         events: Entries with "epoch", "sparsity" and "kept" (group -> share), oldest first.
     """
-    figure, axes = _axes(width=6.5, height=4)
+    figure, axes = new_axes(width=6.5, height=4)
     epochs = [event["epoch"] for event in events]
     axes.step(
         epochs, [1 - event["sparsity"] for event in events], "k--", where="post", marker=".", label="model"
     )
     colours = _colours(events[-1]["kept"])
-    for (group, colour), marker in zip(colours.items(), _MARKERS * len(colours), strict=False):
+    for (group, colour), marker in zip(colours.items(), MARKERS * len(colours), strict=False):
         shares = [event["kept"][group] for event in events]
         axes.step(epochs, shares, where="post", color=colour, marker=marker, markersize=4, label=group)
     axes.set_ylim(0, 1)
@@ -137,7 +137,8 @@ def sparsity_over_epochs(events: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def _axes(width: float, height: float) -> tuple[Figure, Any]:
+def new_axes(width: float, height: float) -> tuple[Figure, Any]:
+    """An empty figure of this size in inches, and its axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -151,8 +152,8 @@ def _axes(width: float, height: float) -> tuple[Figure, Any]:
 
 def _colours(groups: Any) -> dict[str, str]:
     named = [group for group in groups if group != "shared"]
-    colours = dict(zip(named, _COLOURS * len(named), strict=False))
-    return {group: colours.get(group, _SHARED_COLOUR) for group in groups}
+    colours = dict(zip(named, COLOURS * len(named), strict=False))
+    return {group: colours.get(group, SHARED_COLOUR) for group in groups}
 
 
 def _total_reri(components: Components, name: str) -> torch.Tensor:

@@ -19,6 +19,11 @@ LAYERS = [  # lowest first; a file of a folder that is not named belongs to its 
     {"report", "structured"},
     {"figures"},
     {"callback"},
+    {"compare.benchmark", "compare.statistics"},
+    {"compare.grid"},
+    {"compare.summary"},
+    {"compare.figures", "compare.runner"},
+    {"compare"},
     {""},  # altermoma_pl itself
     {"cli"},
 ]

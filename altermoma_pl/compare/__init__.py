@@ -1,0 +1,17 @@
+"""Comparisons of criteria: many runs, one table."""
+
+from altermoma_pl.compare.benchmark import Benchmark, Direction, Method, Values
+from altermoma_pl.compare.runner import compare
+from altermoma_pl.compare.statistics import Estimate, paired_difference
+from altermoma_pl.compare.summary import Summary
+
+__all__ = [
+    "Benchmark",
+    "Direction",
+    "Estimate",
+    "Method",
+    "Summary",
+    "Values",
+    "compare",
+    "paired_difference",
+]

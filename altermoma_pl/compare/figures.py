@@ -1,0 +1,153 @@
+"""Figures of a comparison: metrics over sparsity, kept shares, the effect of beta, lost sensors.
+
+matplotlib is imported where it is used (extra `plot`). Methods differ in colour, marker and line style, so
+that colour-blind readers and black-and-white prints can tell them apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import cycle
+from typing import TYPE_CHECKING, Any
+
+from altermoma_pl.compare.statistics import Estimate
+from altermoma_pl.compare.summary import KEPT, Summary
+from altermoma_pl.criteria import AlterEva
+from altermoma_pl.figures import COLOURS, MARKERS, SHARED_COLOUR, new_axes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_STYLES = ("-", "--", "-.", ":")
+_FEWEST_FOR_A_CURVE = 3
+
+
+def draw(summary: Summary) -> dict[str, Figure]:
+    """Name -> figure, of all that the comparison allows."""
+    grid, drawn = summary.grid, {}
+    for metric in grid.benchmark.metrics:
+        drawn[f"{metric}_over_sparsity"] = over_sparsity(summary, metric)
+        if len(beta_family(summary)) >= _FEWEST_FOR_A_CURVE:
+            drawn[f"{metric}_over_beta"] = over_beta(summary, metric)
+        if any(name.startswith(f"{metric}/") for name in summary.other_names):
+            drawn[f"{metric}_by_condition"] = by_condition(summary, metric)
+    drawn["kept_share"] = kept_share(summary)
+    return drawn
+
+
+def over_sparsity(summary: Summary, metric: str) -> Figure:
+    """Lines: the mean of a metric at each sparsity, with bands of its 95 % interval."""
+    figure, axes = new_axes(width=7.5, height=4.8)
+    sparsities = sorted(summary.grid.sparsities)
+    for name, style in _method_styles(summary).items():
+        found = [summary.estimate(name, sparsity, metric) for sparsity in sparsities]
+        axes.plot(sparsities, [e.mean for e in found], label=name, markersize=5, **style)
+        if all(math.isfinite(e.half_width) for e in found):
+            low, high = [e.low for e in found], [e.high for e in found]
+            axes.fill_between(sparsities, low, high, color=style["color"], alpha=0.1, linewidth=0)
+    dense = summary.dense_estimate(metric)
+    if dense is not None:
+        axes.axhline(dense.mean, color="black", linewidth=0.8, linestyle=(0, (1, 2)), label="dense")
+    axes.set_xticks(sparsities, [f"{s:.0%}" for s in sparsities])
+    axes.set_xlabel("sparsity")
+    axes.set_ylabel(f"{metric} ({summary.grid.benchmark.metrics[metric]} is better)")
+    figure.legend(loc="outside right upper", fontsize=8)
+    return figure
+
+
+def kept_share(summary: Summary) -> Figure:
+    """Bars: the share of each modality's weights that each method keeps, one panel a sparsity."""
+    names = [name for name in summary.other_names if name.startswith(KEPT)]
+    return _bars(summary, names, [n.removeprefix(KEPT) for n in names], "share of weights kept")
+
+
+def by_condition(summary: Summary, metric: str) -> Figure:
+    """Bars: the metric with all sensors and in each condition that the benchmark measures."""
+    names = [metric, *(name for name in summary.other_names if name.startswith(f"{metric}/"))]
+    labels = [name.removeprefix(f"{metric}/").replace("_", " ") for name in names]
+    return _bars(summary, names, ["all sensors", *labels[1:]], metric)
+
+
+def beta_family(summary: Summary) -> list[tuple[float, str]]:
+    """(beta / alpha, method) of the reference's kind of `AlterEva`: alike in all but beta, ascending."""
+    methods = summary.grid.methods
+    families: dict[object, list[tuple[float, str]]] = {}
+    for name, method in methods.items():
+        criterion = method.criterion
+        if isinstance(criterion, AlterEva) and not isinstance(criterion.beta, str):
+            kind = repr(replace(method, criterion=replace(criterion, beta=0.0)))
+            families.setdefault(kind, []).append((criterion.beta / criterion.alpha, name))
+    return sorted(max(families.values(), key=_length, default=[]))
+
+
+def over_beta(summary: Summary, metric: str) -> Figure:
+    """Lines: the metric over beta / alpha, as in figure 4 of the paper, one line a sparsity."""
+    figure, axes = new_axes(width=6.5, height=4.2)
+    family = beta_family(summary)
+    for sparsity, colour, marker in zip(summary.grid.sparsities, cycle(COLOURS), cycle(MARKERS)):
+        found = [summary.estimate(name, sparsity, metric) for _, name in family]
+        axes.errorbar(
+            [ratio for ratio, _ in family],
+            [e.mean for e in found],
+            yerr=_error_bars(found),
+            color=colour,
+            marker=marker,
+            capsize=3,
+            label=f"{sparsity:.0%}",
+        )
+    axes.set_xlabel("beta / alpha")
+    axes.set_ylabel(f"{metric} ({summary.grid.benchmark.metrics[metric]} is better)")
+    axes.legend(title="sparsity", fontsize=8)
+    return figure
+
+
+def _bars(summary: Summary, names: Sequence[str], labels: Sequence[str], label: str) -> Figure:
+    """Grouped bars with error bars: methods downwards, one bar for each name, one panel a sparsity."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    methods, sparsities = list(summary.grid.methods), summary.grid.sparsities
+    height = 1.6 + len(methods) * (0.12 + 0.12 * len(names))
+    figure = Figure(figsize=(3 + 2.6 * len(sparsities), height), layout="constrained", dpi=120)
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(sparsities), sharey=True, sharex=True, squeeze=False)[0]
+    colours = (*COLOURS[:2], SHARED_COLOUR, *COLOURS[2:])  # camera, LiDAR, shared as in the other figures
+    thickness = 0.8 / len(names)
+    for axes, sparsity in zip(panels, sparsities, strict=True):
+        for index, (name, colour) in enumerate(zip(names, cycle(colours))):
+            found = [summary.estimate(method, sparsity, name) for method in methods]
+            places = [row + (index - (len(names) - 1) / 2) * thickness for row in range(len(methods))]
+            bars = {"color": colour, "height": thickness, "error_kw": {"linewidth": 0.7}}
+            axes.barh(places, [e.mean for e in found], xerr=_error_bars(found), label=labels[index], **bars)
+        axes.set_title(f"{sparsity:.0%} sparsity", fontsize=10)
+        axes.set_xlabel(label)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(range(len(methods)), methods)
+    panels[0].invert_yaxis()
+    handles, texts = panels[0].get_legend_handles_labels()
+    figure.legend(handles, texts, loc="outside upper center", ncols=len(names), fontsize=8)
+    return figure
+
+
+def _length(family: list[tuple[float, str]]) -> int:
+    return len(family)
+
+
+def _error_bars(found: Sequence[Estimate]) -> list[float] | None:
+    widths = [e.half_width for e in found]
+    return widths if all(math.isfinite(width) for width in widths) else None
+
+
+def _method_styles(summary: Summary) -> dict[str, dict[str, Any]]:
+    """Method -> colour, marker and line style; colours come round again with another line style."""
+    styles: dict[str, dict[str, Any]] = {}
+    for index, name in enumerate(summary.grid.methods):
+        style = {
+            "color": COLOURS[index % len(COLOURS)],
+            "marker": MARKERS[index % len(MARKERS)],
+            "linestyle": _STYLES[index // len(COLOURS) % len(_STYLES)],
+        }
+        styles[name] = style | {"linewidth": 2.4 if name == summary.reference else 1.4}
+    return styles

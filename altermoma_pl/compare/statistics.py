@@ -1,0 +1,57 @@
+"""Means over seeds with their uncertainty."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds and half the width of its 95 % interval (Student's t); infinite for one seed."""
+
+    mean: float
+    half_width: float
+    num_seeds: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Estimate:
+        """Estimate the mean of independent values; NaN if one of them is."""
+        count = len(values)
+        if count < 2:
+            return cls(values[0], math.inf, count)
+        from scipy.stats import t
+
+        quantile = float(t.ppf((1 + CONFIDENCE) / 2, count - 1))
+        return cls(fmean(values), quantile * stdev(values) / math.sqrt(count), count)
+
+    @property
+    def low(self) -> float:
+        """Lower end of the interval."""
+        return self.mean - self.half_width
+
+    @property
+    def high(self) -> float:
+        """Upper end of the interval."""
+        return self.mean + self.half_width
+
+    def text(self, digits: int = 3) -> str:
+        """`0.567 ± 0.012`, or the mean alone where there is no interval."""
+        mean = f"{self.mean:.{digits}f}"
+        return mean if math.isinf(self.half_width) else f"{mean} ± {self.half_width:.{digits}f}"
+
+    def interval(self, digits: int = 3) -> str:
+        """`+0.012 [+0.003, +0.021]`, for differences."""
+        mean = f"{self.mean:+.{digits}f}"
+        if math.isinf(self.half_width):
+            return mean
+        return f"{mean} [{self.low:+.{digits}f}, {self.high:+.{digits}f}]"
+
+
+def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> Estimate:
+    """Mean of ours minus theirs, seed by seed: what the seeds have in common cancels."""
+    return Estimate.of([a - b for a, b in zip(ours, theirs, strict=True)])

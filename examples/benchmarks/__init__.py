@@ -1,0 +1,1 @@
+"""Problems to compare criteria on, and scripts that measure."""

@@ -65,7 +65,7 @@ class Result:
 def run(
     data: DrivingData,
     pruning: AlterMOMACallback,
-    size: Literal["small", "large"] = "small",
+    size: Literal["tiny", "small", "large"] = "small",
     epochs: Epochs = Epochs(),
     learning_rate: float = 2e-3,
     pruning_learning_rate: float = 1e-3,

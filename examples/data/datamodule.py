@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from examples.data.dataset import DrivingDataset, EpochSampler, Frame, collate
 from examples.data.geometry import OBJECT_MAPS
 from examples.data.kitti import read_split
+from examples.data.scene import SceneOptions
 from examples.data.synthetic import STATIC_MAPS, SyntheticConfig, generate
 from examples.grid import BEVGrid
 
@@ -34,6 +35,7 @@ class DrivingData(LightningDataModule):
         cache_dir: Folder of the synthetic data.
         grid: Grid of the maps.
         flip: Whether to mirror half of the training frames left to right.
+        options: Of the synthetic scenes and sensors.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class DrivingData(LightningDataModule):
         cache_dir: str = "~/.cache/altermoma_pl",
         grid: BEVGrid = BEVGrid(),  # noqa: B008 (frozen)
         flip: bool = True,
+        options: SceneOptions = SceneOptions(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
         counts = {
@@ -81,6 +84,7 @@ class DrivingData(LightningDataModule):
         self.cache_dir = cache_dir
         self.grid = grid
         self.flip = flip
+        self.options = options
         self._datasets: dict[str, DrivingDataset] = {}
 
     @property
@@ -149,6 +153,7 @@ class DrivingData(LightningDataModule):
             image_size=self.image_size,
             grid=self.grid,
             seed=self.seed,
+            options=self.options,
         )
         return generate(config, Path(self.cache_dir).expanduser())
 

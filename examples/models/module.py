@@ -27,11 +27,13 @@ class FusionModule(LightningModule):
 
     Args:
         sensors: Which of "camera" and "lidar" the model sees; one of them for pre-training.
-        size: "small" for a CPU, "large" for a GPU.
+        size: "tiny" for benchmarks, "small" for a CPU, "large" for a GPU.
         num_map_classes: Number of map classes S of the batches.
         map_classes: Their names in the log; numbers if left out.
         learning_rate: Peak learning rate, after a linear warm-up and before a cosine decay to 0.
         weight_decay: Of AdamW.
+        depth_weight: Weight of a loss that has the camera's depths explain the LiDAR points, 0 for none;
+            for pre-training the camera.
         backbones: Checkpoint of a single-sensor run per sensor, from which the encoder is loaded.
         heads: Checkpoint of a single-sensor run, from which decoder and heads are loaded.
         weights: Checkpoint of a run of the same model, from which all weights are loaded.
@@ -45,11 +47,12 @@ class FusionModule(LightningModule):
     def __init__(
         self,
         sensors: Sequence[str] = SENSORS,
-        size: Literal["small", "large"] = "small",
+        size: Literal["tiny", "small", "large"] = "small",
         num_map_classes: int = 1,
         map_classes: list[str] | None = None,
         learning_rate: float = 1e-3,
         weight_decay: float = 0.01,
+        depth_weight: float = 0.0,
         backbones: dict[str, str] | None = None,
         heads: str | None = None,
         weights: str | None = None,
@@ -63,6 +66,7 @@ class FusionModule(LightningModule):
                 f"map_classes must name {num_map_classes} classes (num_map_classes), got {names}."
             )
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.depth_weight = depth_weight
         self.map_classes = names
         self.model = FusionModel(sensors, size, len(CLASSES), num_map_classes, image_size, grid)
         for sensor, path in (backbones or {}).items():
@@ -83,8 +87,16 @@ class FusionModule(LightningModule):
         return self.model(batch)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Scalars `loss` and its parts `heatmap`, `regression`, `map`. Needs no Trainer."""
-        return self.model.loss(self.model(batch), batch)
+        """Scalars `loss` and its parts `heatmap`, `regression`, `map` and, weighted, `depth` if asked for.
+
+        Needs no Trainer.
+        """
+        output = self.model(batch)
+        losses = self.model.loss(output, batch)
+        if self.depth_weight:
+            losses["depth"] = self.depth_weight * self.model.depth_loss(output, batch)
+            losses["loss"] = losses["loss"] + losses["depth"]
+        return losses
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Log the losses and return their sum."""

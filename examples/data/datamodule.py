@@ -29,6 +29,8 @@ class DrivingData(LightningDataModule):
         num_calibration: Calibration frames.
         image_size: Height and width of the images; real ones are resized.
         batch_size: Frames per batch. An incomplete last training batch is dropped.
+        eval_batch_size: Of validation; None for `batch_size`. Calibration keeps `batch_size`, by which
+            the criteria count.
         num_workers: Loader processes. Each keeps its own decoded frames: with data that fit in
             memory, 0 is best.
         seed: Of the synthetic data, the training order and the flips.
@@ -51,6 +53,7 @@ class DrivingData(LightningDataModule):
         cache_dir: str = "~/.cache/altermoma_pl",
         grid: BEVGrid = BEVGrid(),  # noqa: B008 (frozen)
         flip: bool = True,
+        eval_batch_size: int | None = None,
         options: SceneOptions = SceneOptions(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
@@ -59,6 +62,7 @@ class DrivingData(LightningDataModule):
             "num_val": num_val,
             "num_calibration": num_calibration,
             "batch_size": batch_size,
+            "eval_batch_size": batch_size if eval_batch_size is None else eval_batch_size,
         }
         for name, value in counts.items():
             if value < 1:
@@ -79,6 +83,7 @@ class DrivingData(LightningDataModule):
         self.num_calibration = num_calibration
         self.image_size = (image_size[0], image_size[1])
         self.batch_size = batch_size
+        self.eval_batch_size = counts["eval_batch_size"]
         self.num_workers = num_workers
         self.seed = seed
         self.cache_dir = cache_dir
@@ -161,7 +166,7 @@ class DrivingData(LightningDataModule):
         dataset = self.dataset(split)
         return DataLoader(
             dataset,
-            batch_size=self.batch_size,
+            batch_size=self.eval_batch_size if split == "val" else self.batch_size,
             sampler=EpochSampler(len(dataset), self.seed, self.flip) if shuffle else None,
             drop_last=shuffle,
             num_workers=self.num_workers,

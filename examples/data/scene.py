@@ -242,9 +242,7 @@ def _extent(box: Floats) -> Floats:
     return np.array([cos * box[3] + sin * box[4], sin * box[3] + cos * box[4]]) / 2
 
 
-def _random_thing(
-    kind: str, box: Floats, asphalt: Floats, vivid: bool, rng: np.random.Generator
-) -> Thing:
+def _random_thing(kind: str, box: Floats, asphalt: Floats, vivid: bool, rng: np.random.Generator) -> Thing:
     colours = rng.uniform(30, 220, (2, 3))
     reflectance, returned = rng.uniform(0.1, 0.8), 1.0
     if kind == "Car":

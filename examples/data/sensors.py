@@ -198,7 +198,9 @@ def _weather(colour: Floats, distance: Floats, rng: np.random.Generator) -> Floa
 
 def _camera_fault(colour: Floats, share: float, rng: np.random.Generator) -> NDArray[np.uint8]:
     """The finished image; a share of them is blurred, noisy or has dirt on the lens."""
-    fault = rng.choice(["none", "blur", "noise", "dirt"], p=[1 - share, 0.4 * share, 0.3 * share, 0.3 * share])
+    fault = rng.choice(
+        ["none", "blur", "noise", "dirt"], p=[1 - share, 0.4 * share, 0.3 * share, 0.3 * share]
+    )
     width = colour.shape[1]
     if fault == "noise":
         colour = colour + 70 * rng.standard_normal(colour.shape, dtype=np.float32)

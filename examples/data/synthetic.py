@@ -65,7 +65,7 @@ class SyntheticConfig:
     image_size: tuple[int, int] = (96, 320)
     grid: BEVGrid = field(default_factory=BEVGrid)
     seed: int = 0
-    options: SceneOptions = SceneOptions()
+    options: SceneOptions = field(default_factory=SceneOptions)
 
     def __post_init__(self) -> None:
         for name in ("num_train", "num_val", "seed"):

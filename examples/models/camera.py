@@ -137,7 +137,6 @@ class LiftSplat(nn.Module):
         inside &= (z >= Z_RANGE[0]) & (z < Z_RANGE[1])
         return index.where(inside, batch * nx * ny).flatten()
 
-
     def depth_loss(self, depth: Tensor, batch: Batch) -> Tensor:
         """Mean negative log-likelihood of the LiDAR points' depths at the pixels they fall in.
 
@@ -165,9 +164,7 @@ def image_frustum(image_size: tuple[int, int], bins: int, step: float, stride: i
     """Points d * [u, v, 1] of the depth bins and the feature pixels, (3, D*h*w), D outermost."""
     height, width = image_size
     if height % (2 * stride) or width % (2 * stride):
-        raise ValueError(
-            f"image_size must be multiples of {2 * stride} (height, width), got {image_size}."
-        )
+        raise ValueError(f"image_size must be multiples of {2 * stride} (height, width), got {image_size}.")
     v = (torch.arange(height // stride) + 0.5) * stride
     u = (torch.arange(width // stride) + 0.5) * stride
     depth = MIN_DEPTH + (torch.arange(bins) + 0.5) * step

@@ -3,7 +3,7 @@
 A frame is one random scene seen by both sensors. Some of its information is in both (cars, large
 boxes, the extent of the road), some in the image alone (pedestrian or cyclist, paint), some in the
 points alone (range, size and yaw, the sidewalk's step, frames at night, overexposed or in fog), and
-each sensor fails by itself in one frame of ten.
+each sensor fails by itself in one frame of ten, by default (see `SceneOptions`).
 
 `training/map/<id>.npz` is NOT part of the KITTI format: it holds one array `static` of shape
 (3, nx, ny), 0 or 1, with the maps `STATIC_MAPS` on the grid of the configuration. Vehicles and

@@ -2,7 +2,7 @@ import re
 
 import pytest
 import torch
-from lightning import Trainer
+from lightning import Trainer, seed_everything
 from torch.utils.data import DataLoader
 
 from examples.data.batch import Batch
@@ -181,3 +181,17 @@ def test_refused_map_classes():
     message = "map_classes must name 2 classes (num_map_classes), got ['road']."
     with pytest.raises(ValueError, match=re.escape(message)):
         make_module(map_classes=["road"])
+
+
+def test_training_repeats_bit_for_bit():
+    """Of the tiny model, with depths and cycles, as benchmarks train it."""
+
+    def weights():
+        seed_everything(3, verbose=False)
+        module = make_module(size="tiny", depth_weight=1.0, decay_epochs=1)
+        trainer = make_trainer(max_epochs=2, limit_val_batches=0)
+        trainer.fit(module, loader(), loader(1))
+        return module.state_dict()
+
+    first, second = weights(), weights()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())

@@ -19,11 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, so
 
 from altermoma_pl import AlterMOMACallback, SparsityReport
 from examples.data.datamodule import DrivingData
-from examples.models.evaluate import evaluate
+from examples.models.evaluate import evaluate, evaluate_views
 from examples.models.module import FusionModule
+from examples.models.views import VIEWS
 
 MODALITIES = {"camera": ["model.encoders.camera"], "lidar": ["model.encoders.lidar"]}
-VIEWS = {"both": None, "camera dropped": "camera", "LiDAR dropped": "lidar"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Result:
 
     Args:
         alone: Sensor -> metric -> value of the model pre-trained on it; empty if that was skipped.
-        dense: View ("both", "camera dropped", "LiDAR dropped") -> metric -> value, before pruning.
+        dense: View (see `VIEWS`) -> metric -> value, before pruning.
         pruned: The same after pruning and fine-tuning.
         report: What the pruned model keeps.
         output_dir: Where checkpoints, figures and `result.json` lie.
@@ -65,7 +65,7 @@ class Result:
 def run(
     data: DrivingData,
     pruning: AlterMOMACallback,
-    size: Literal["small", "large"] = "small",
+    size: Literal["tiny", "small", "large"] = "small",
     epochs: Epochs = Epochs(),
     learning_rate: float = 2e-3,
     pruning_learning_rate: float = 1e-3,
@@ -80,7 +80,7 @@ def run(
     Args:
         data: The data.
         pruning: The callback.
-        size: Of the model: "small" for a CPU, "large" for a GPU.
+        size: Of the model: "tiny" for benchmarks, "small" for a CPU, "large" for a GPU.
         epochs: Length of each stage.
         learning_rate: Of pre-training and fusion.
         pruning_learning_rate: While pruning and fine-tuning.
@@ -137,18 +137,15 @@ def run(
         train("dense", fused, epochs.fusion, [])
         dense = str(folder / "dense.ckpt")
     model = module(weights=dense, learning_rate=pruning_learning_rate)
-    dense_metrics = _evaluate(model, data)
+    dense_metrics = evaluate_views(model.model, data.val_dataloader())
     if pruning.output_dir is None:
         pruning.output_dir = str(folder / "pruning")
     seed_everything(seed, verbose=False)
     train("pruned", model, epochs.pruning, [pruning])
-    result = Result(alone, dense_metrics, _evaluate(model, data), pruning.report(), folder)
+    pruned_metrics = evaluate_views(model.model, data.val_dataloader())
+    result = Result(alone, dense_metrics, pruned_metrics, pruning.report(), folder)
     _save(result)
     return result
-
-
-def _evaluate(model: FusionModule, data: DrivingData) -> dict[str, dict[str, float]]:
-    return {view: evaluate(model.model, data.val_dataloader(), drop) for view, drop in VIEWS.items()}
 
 
 def _save(result: Result) -> None:

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from examples.data.dataset import DrivingDataset, EpochSampler, Frame, collate
 from examples.data.geometry import OBJECT_MAPS
 from examples.data.kitti import read_split
+from examples.data.scene import SceneOptions
 from examples.data.synthetic import STATIC_MAPS, SyntheticConfig, generate
 from examples.grid import BEVGrid
 
@@ -28,12 +29,15 @@ class DrivingData(LightningDataModule):
         num_calibration: Calibration frames.
         image_size: Height and width of the images; real ones are resized.
         batch_size: Frames per batch. An incomplete last training batch is dropped.
+        eval_batch_size: Of validation; None for `batch_size`. Calibration keeps `batch_size`, by which
+            the criteria count.
         num_workers: Loader processes. Each keeps its own decoded frames: with data that fit in
             memory, 0 is best.
         seed: Of the synthetic data, the training order and the flips.
         cache_dir: Folder of the synthetic data.
         grid: Grid of the maps.
         flip: Whether to mirror half of the training frames left to right.
+        options: Of the synthetic scenes and sensors.
     """
 
     def __init__(
@@ -49,6 +53,8 @@ class DrivingData(LightningDataModule):
         cache_dir: str = "~/.cache/altermoma_pl",
         grid: BEVGrid = BEVGrid(),  # noqa: B008 (frozen)
         flip: bool = True,
+        eval_batch_size: int | None = None,
+        options: SceneOptions = SceneOptions(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
         counts = {
@@ -56,6 +62,7 @@ class DrivingData(LightningDataModule):
             "num_val": num_val,
             "num_calibration": num_calibration,
             "batch_size": batch_size,
+            "eval_batch_size": batch_size if eval_batch_size is None else eval_batch_size,
         }
         for name, value in counts.items():
             if value < 1:
@@ -76,11 +83,13 @@ class DrivingData(LightningDataModule):
         self.num_calibration = num_calibration
         self.image_size = (image_size[0], image_size[1])
         self.batch_size = batch_size
+        self.eval_batch_size = counts["eval_batch_size"]
         self.num_workers = num_workers
         self.seed = seed
         self.cache_dir = cache_dir
         self.grid = grid
         self.flip = flip
+        self.options = options
         self._datasets: dict[str, DrivingDataset] = {}
 
     @property
@@ -149,6 +158,7 @@ class DrivingData(LightningDataModule):
             image_size=self.image_size,
             grid=self.grid,
             seed=self.seed,
+            options=self.options,
         )
         return generate(config, Path(self.cache_dir).expanduser())
 
@@ -156,7 +166,7 @@ class DrivingData(LightningDataModule):
         dataset = self.dataset(split)
         return DataLoader(
             dataset,
-            batch_size=self.batch_size,
+            batch_size=self.eval_batch_size if split == "val" else self.batch_size,
             sampler=EpochSampler(len(dataset), self.seed, self.flip) if shuffle else None,
             drop_last=shuffle,
             num_workers=self.num_workers,

@@ -25,6 +25,37 @@ _VIEW_SLOPE = 0.78
 _NEAREST, _SPACING = 6.5, 0.4
 
 
+# What `SceneOptions.vivid` paints: red, blue.
+_VIVID = {"Pedestrian": (220.0, 50.0, 40.0), "Cyclist": (40.0, 70.0, 220.0)}
+
+
+@dataclass(frozen=True)
+class SceneOptions:
+    """What differs from one synthetic world to another.
+
+    Args:
+        vivid: Whether pedestrians are red, cyclists blue and all other things grey: only the camera
+            tells them apart, as by their texture, but small images show it too.
+        fault_share: Share of images, and by itself of scans, with a fault, in [0, 1].
+        beams: Of the LiDAR.
+        columns: Rays of each beam.
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
+
+    vivid: bool = False
+    fault_share: float = 0.1
+    beams: int = 48
+    columns: int = 224
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.fault_share <= 1:
+            raise ValueError(f"fault_share must lie in [0, 1], got {self.fault_share}")
+        if min(self.beams, self.columns) < 2:
+            raise ValueError(f"beams and columns must be 2 or more, got {self.beams} and {self.columns}")
+
+
 @dataclass(frozen=True)
 class Road:
     """A bending road with paint, and a sidewalk or none on either side.
@@ -124,8 +155,14 @@ class Scene:
     sky: Floats
 
 
-def random_scene(rng: np.random.Generator, grid: BEVGrid) -> Scene:
-    """A scene with some cars, about as many pedestrians as cyclists, and street furniture."""
+def random_scene(rng: np.random.Generator, grid: BEVGrid, vivid: bool = False) -> Scene:
+    """A scene with some cars, about as many pedestrians as cyclists, and street furniture.
+
+    Args:
+        rng: Of everything random.
+        grid: Objects stand on it.
+        vivid: As in `SceneOptions`; the rest of the scene does not depend on it.
+    """
     road = _random_road(rng)
     asphalt = np.full(3, rng.uniform(70, 130)) + rng.uniform(-8, 8, 3)
     kinds = [
@@ -139,7 +176,7 @@ def random_scene(rng: np.random.Generator, grid: BEVGrid) -> Scene:
         for _ in range(10):
             box = _random_box(str(kind), road, rng)
             if _fits(box, [thing.box for thing in things], grid, kind == "Building"):
-                things.append(_random_thing(str(kind), box, asphalt, rng))
+                things.append(_random_thing(str(kind), box, asphalt, vivid, rng))
                 break
     return Scene(road, tuple(things), asphalt, rng.uniform(40, 170, 3), rng.uniform(120, 230, 3))
 
@@ -205,7 +242,7 @@ def _extent(box: Floats) -> Floats:
     return np.array([cos * box[3] + sin * box[4], sin * box[3] + cos * box[4]]) / 2
 
 
-def _random_thing(kind: str, box: Floats, asphalt: Floats, rng: np.random.Generator) -> Thing:
+def _random_thing(kind: str, box: Floats, asphalt: Floats, vivid: bool, rng: np.random.Generator) -> Thing:
     colours = rng.uniform(30, 220, (2, 3))
     reflectance, returned = rng.uniform(0.1, 0.8), 1.0
     if kind == "Car":
@@ -217,7 +254,16 @@ def _random_thing(kind: str, box: Floats, asphalt: Floats, rng: np.random.Genera
     elif kind in ("Pedestrian", "Cyclist"):
         # Two tones far enough apart for the texture to show.
         colours[1] = np.where(colours[0] < 125, colours[0] + 90, colours[0] - 90)
+    if vivid:
+        colours = _vivid(kind, colours)
     return Thing(kind, box, _parts(kind, box), colours, rng.random(), reflectance, returned)
+
+
+def _vivid(kind: str, colours: Floats) -> Floats:
+    """The two tones (2, 3) as grey, or as a lighter and a darker tone of the kind's colour."""
+    if kind in _VIVID:
+        return np.outer([1.0, 0.6], _VIVID[kind])
+    return np.repeat(colours.mean(axis=1, keepdims=True), 3, axis=1)
 
 
 def _parts(kind: str, box: Floats) -> Floats:

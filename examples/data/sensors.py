@@ -7,14 +7,14 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from examples.data.geometry import Bools, Floats, Ints
-from examples.data.scene import CURB, GROUND_Z, TEXTURE_PERIOD, Scene, Thing
+from examples.data.scene import CURB, GROUND_Z, TEXTURE_PERIOD, Scene, SceneOptions, Thing
 
 GROUND, SKY = -1, -2
 MAX_RANGE = 50.0
 
-_BEAMS, _COLUMNS = 48, 224
-_ELEVATION = np.linspace(np.radians(-24.0), np.radians(2.0), _BEAMS)
-_AZIMUTH = np.linspace(np.radians(-42.0), np.radians(42.0), _COLUMNS)
+_ELEVATION = np.radians([-24.0, 2.0])
+_AZIMUTH = np.radians([-42.0, 42.0])
+_DEFAULTS = SceneOptions()
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,11 @@ def camera_rays(lidar_to_image: Floats, image_size: tuple[int, int]) -> tuple[Fl
 
 
 def render(
-    scene: Scene, lidar_to_image: Floats, image_size: tuple[int, int], rng: np.random.Generator
+    scene: Scene,
+    lidar_to_image: Floats,
+    image_size: tuple[int, int],
+    rng: np.random.Generator,
+    fault_share: float = _DEFAULTS.fault_share,
 ) -> tuple[NDArray[np.uint8], Hits]:
     """A photograph (H, W, 3) of the scene, in this frame's weather, and the hits behind it."""
     origin, rays = camera_rays(lidar_to_image, image_size)
@@ -141,7 +145,7 @@ def render(
         shade = np.array([0.65, 0.8, 1.0]) + 0.15 * np.abs(sun)
         colour[seen] = _texture(thing, local, hits.axis[seen]) * shade[hits.axis[seen], None]
     colour = _weather(colour, hits.distance, rng)
-    return _camera_fault(colour.reshape(*image_size, 3), rng), hits
+    return _camera_fault(colour.reshape(*image_size, 3), fault_share, rng), hits
 
 
 def _ground_colour(scene: Scene, points: Floats, curb: Bools, rng: np.random.Generator) -> Floats:
@@ -192,9 +196,11 @@ def _weather(colour: Floats, distance: Floats, rng: np.random.Generator) -> Floa
     return colour + noise * rng.standard_normal((len(colour), 1), dtype=np.float32)
 
 
-def _camera_fault(colour: Floats, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """The finished image; one in ten is blurred, noisy or has dirt on the lens."""
-    fault = rng.choice(["none", "blur", "noise", "dirt"], p=[0.9, 0.04, 0.03, 0.03])
+def _camera_fault(colour: Floats, share: float, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """The finished image; a share of them is blurred, noisy or has dirt on the lens."""
+    fault = rng.choice(
+        ["none", "blur", "noise", "dirt"], p=[1 - share, 0.4 * share, 0.3 * share, 0.3 * share]
+    )
     width = colour.shape[1]
     if fault == "noise":
         colour = colour + 70 * rng.standard_normal(colour.shape, dtype=np.float32)
@@ -208,15 +214,19 @@ def _camera_fault(colour: Floats, rng: np.random.Generator) -> NDArray[np.uint8]
     return image
 
 
-def scan(scene: Scene, rng: np.random.Generator) -> tuple[NDArray[np.float32], Ints]:
+def scan(
+    scene: Scene, rng: np.random.Generator, options: SceneOptions = _DEFAULTS
+) -> tuple[NDArray[np.float32], Ints]:
     """Points (N, 4) of the scene and whose they are (N,), as in `Hits.owner`."""
     turn = rng.uniform(0, 0.005)  # columns do not fall on the same azimuths in every scan
-    elevation, azimuth = np.meshgrid(_ELEVATION, _AZIMUTH + turn, indexing="ij")
+    elevation, azimuth = np.meshgrid(
+        np.linspace(*_ELEVATION, options.beams), np.linspace(*_AZIMUTH, options.columns) + turn, indexing="ij"
+    )
     level = np.cos(elevation)
     rays = np.stack([level * np.cos(azimuth), level * np.sin(azimuth), np.sin(elevation)], axis=-1)
     rays = rays.reshape(-1, 3).astype(np.float32)
     hits = cast(np.zeros(3), rays, scene)
-    kept = np.flatnonzero(_returned(scene, hits, rng) & _lidar_alive(rng).ravel())
+    kept = np.flatnonzero(_returned(scene, hits, rng) & _lidar_alive(options, rng).ravel())
     owner = hits.owner[kept]
     distance = hits.distance[kept] + rng.normal(0, 0.02, len(kept))
     xyz = rays[kept] * distance[:, None]
@@ -238,13 +248,14 @@ def _returned(scene: Scene, hits: Hits, rng: np.random.Generator) -> Bools:
     return (hits.distance < MAX_RANGE) & (rng.random(len(share)) < share)
 
 
-def _lidar_alive(rng: np.random.Generator) -> Bools:
-    """(beams, columns); one scan in ten has lost most beams, or a sector."""
-    alive = np.ones((_BEAMS, _COLUMNS), dtype=bool)
-    fault = rng.choice(["none", "beams", "sector"], p=[0.9, 0.05, 0.05])
+def _lidar_alive(options: SceneOptions, rng: np.random.Generator) -> Bools:
+    """(beams, columns); a share of the scans has lost most beams, or a sector."""
+    beams, columns, share = options.beams, options.columns, options.fault_share
+    alive = np.ones((beams, columns), dtype=bool)
+    fault = rng.choice(["none", "beams", "sector"], p=[1 - share, share / 2, share / 2])
     if fault == "beams":
-        alive[rng.random(_BEAMS) < 0.8] = False
+        alive[rng.random(beams) < 0.8] = False
     elif fault == "sector":
-        left = rng.integers(0, _COLUMNS // 2)
-        alive[:, left : left + _COLUMNS // 2] = False
+        left = rng.integers(0, columns // 2)
+        alive[:, left : left + columns // 2] = False
     return alive

@@ -3,7 +3,7 @@
 A frame is one random scene seen by both sensors. Some of its information is in both (cars, large
 boxes, the extent of the road), some in the image alone (pedestrian or cyclist, paint), some in the
 points alone (range, size and yaw, the sidewalk's step, frames at night, overexposed or in fog), and
-each sensor fails by itself in one frame of ten.
+each sensor fails by itself in one frame of ten, by default (see `SceneOptions`).
 
 `training/map/<id>.npz` is NOT part of the KITTI format: it holds one array `static` of shape
 (3, nx, ny), 0 or 1, with the maps `STATIC_MAPS` on the grid of the configuration. Vehicles and
@@ -36,7 +36,7 @@ from examples.data.kitti import (
     write_labels,
     write_points,
 )
-from examples.data.scene import Road, Scene, random_scene
+from examples.data.scene import Road, Scene, SceneOptions, random_scene
 from examples.data.sensors import Hits, render, scan
 from examples.grid import BEVGrid
 
@@ -57,6 +57,7 @@ class SyntheticConfig:
         image_size: Height and width of the images in pixels.
         grid: The grid of the maps; objects stand on it.
         seed: Of everything random.
+        options: What the scenes and the sensors are like.
     """
 
     num_train: int
@@ -64,6 +65,7 @@ class SyntheticConfig:
     image_size: tuple[int, int] = (96, 320)
     grid: BEVGrid = field(default_factory=BEVGrid)
     seed: int = 0
+    options: SceneOptions = field(default_factory=SceneOptions)
 
     def __post_init__(self) -> None:
         for name in ("num_train", "num_val", "seed"):
@@ -127,10 +129,11 @@ def _write_dataset(root: Path, config: SyntheticConfig, num_workers: int | None)
 def write_frame(root: Path, config: SyntheticConfig, index: int) -> None:
     """Write the files of one frame, which depend on nothing but `config` and `index`."""
     rng = np.random.default_rng([config.seed, index])
-    scene = random_scene(rng, config.grid)
+    scene = random_scene(rng, config.grid, config.options.vivid)
     calibration = synthetic_calibration(config.image_size)
-    image, hits = render(scene, calibration.lidar_to_image(), config.image_size, rng)
-    points, owner = scan(scene, rng)
+    projection = calibration.lidar_to_image()
+    image, hits = render(scene, projection, config.image_size, rng, config.options.fault_share)
+    points, owner = scan(scene, rng, config.options)
     labels = list(_labels(scene, calibration, config.image_size, hits, owner))
     folder, frame = root / "training", f"{index:06d}"
     Image.fromarray(image).save(folder / "image_2" / f"{frame}.png", compress_level=1)

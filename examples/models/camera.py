@@ -6,31 +6,34 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from examples.data.batch import Batch
 from examples.grid import BEVGrid
 from examples.models.cells import flat_index, to_cells
 from examples.models.layers import conv_norm_relu, residual_stage
 from examples.models.sizes import ModelSize
 
-NECK_STRIDE = 8
+STEM_STRIDE = 2
 # Heights (m, LiDAR frame) that are pooled: from below the road to above a truck.
 Z_RANGE = (-4.0, 3.0)
 MIN_DEPTH = 1.0
 
 
 class CameraBackbone(nn.Module):
-    """Residual network: a stem at stride 2, then stages at strides 4, 8 and 16."""
+    """Residual network: a stem at stride 2, then three stages with the strides of the size."""
 
     def __init__(self, size: ModelSize) -> None:
         super().__init__()
-        self.stem = conv_norm_relu(3, size.camera_stem, kernel=5, stride=2)
+        self.stem = conv_norm_relu(3, size.camera_stem, kernel=5, stride=STEM_STRIDE)
         widths = (size.camera_stem, *size.camera_widths)
         self.stages = nn.ModuleList(
-            residual_stage(inputs, outputs, blocks, stride=2)
-            for inputs, outputs, blocks in zip(widths[:-1], widths[1:], size.camera_blocks, strict=True)
+            residual_stage(inputs, outputs, blocks, stride)
+            for inputs, outputs, blocks, stride in zip(
+                widths[:-1], widths[1:], size.camera_blocks, size.camera_strides, strict=True
+            )
         )
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) -> features at strides 8 and 16."""
+        """(B, 3, H, W) -> features of the last two stages."""
         x = self.stem(image)
         features = []
         for stage in self.stages:
@@ -40,7 +43,7 @@ class CameraBackbone(nn.Module):
 
 
 class CameraNeck(nn.Module):
-    """Bring stride 16 up to stride 8 and mix the two."""
+    """Bring the last stage up to the one before and mix the two."""
 
     def __init__(self, size: ModelSize) -> None:
         super().__init__()
@@ -48,7 +51,7 @@ class CameraNeck(nn.Module):
         self.mix = conv_norm_relu(size.neck, size.neck)
 
     def forward(self, features: list[Tensor]) -> Tensor:
-        """[(B, c8, h, w), (B, c16, h / 2, w / 2)] -> (B, neck, h, w)."""
+        """[(B, c, h, w), (B, c', h / 2, w / 2)] -> (B, neck, h, w)."""
         fine, coarse = features
         coarse = functional.interpolate(coarse, size=fine.shape[-2:], mode="nearest")
         return self.mix(self.reduce(torch.cat([fine, coarse], dim=1)))
@@ -59,7 +62,7 @@ class LiftSplat(nn.Module):
 
     Args:
         size: Widths and the step between depths.
-        image_size: (H, W) of the input image, multiples of 8.
+        image_size: (H, W) of the input image, multiples of twice the stride of what is lifted.
         grid: Cells of the output.
     """
 
@@ -70,16 +73,18 @@ class LiftSplat(nn.Module):
         self.grid = grid
         # A camera that looks along x needs no depth beyond the grid.
         self.bins = math.ceil((grid.x_max - MIN_DEPTH) / size.depth_step)
-        self.channels = size.camera_bev
+        self.step, self.stride = size.depth_step, lift_stride(size)
+        self.channels, self.by_column = size.camera_bev, size.by_column
         self.depthnet = nn.Conv2d(size.neck, self.bins + self.channels, 1)
         self.smooth = conv_norm_relu(self.channels, self.channels)
         # A buffer, not a parameter: it must be neither pruned nor saved.
-        frustum = image_frustum(image_size, self.bins, size.depth_step)
+        frustum = image_frustum(image_size, self.bins, self.step, self.stride)
         self.register_buffer("frustum", frustum, persistent=False)
 
-    def forward(self, features: Tensor, lidar_to_image: Tensor) -> Tensor:
-        """(B, neck, h, w), (B, 3, 4) -> (B, C, nx, ny)."""
-        return self.smooth(self.splat(*self.lift(features), lidar_to_image))
+    def forward(self, features: Tensor, lidar_to_image: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, neck, h, w), (B, 3, 4) -> (B, C, nx, ny), depth probabilities (B, D, h, w)."""
+        depth, context = self.lift(features)
+        return self.smooth(self.splat(depth, context, lidar_to_image)), depth
 
     def lift(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """(B, neck, h, w) -> depth probabilities (B, D, h, w), context (B, C, h, w)."""
@@ -91,13 +96,33 @@ class LiftSplat(nn.Module):
         batch, (nx, ny) = len(depth), self.grid.shape
         cells = self.cells(lidar_to_image)
         with torch.autocast(depth.device.type, enabled=False):  # half precision sums lose mass
-            context = context.float().flatten(2).transpose(1, 2)  # (B, h*w, C)
-            lifted = depth.float().flatten(2)[..., None] * context[:, None]  # (B, D, h*w, C)
+            depth, context = depth.float(), context.float()
+            if self.by_column:
+                lifted, cells = self.sum_columns(depth, context, cells.view(depth.shape))
+            else:
+                # (B, D, h*w, 1) * (B, 1, h*w, C)
+                lifted = depth.flatten(2)[..., None] * context.flatten(2).transpose(1, 2)[:, None]
             # One more cell than the maps have: the dump for everything outside.
             pooled = lifted.new_zeros(batch * nx * ny + 1, self.channels)
             pooled = pooled.index_add(0, cells, lifted.flatten(0, 2))[:-1]
         # (B*nx*ny, C) -> (B, C, nx, ny), channels last in memory as it comes
         return pooled.view(batch, nx, ny, self.channels).permute(0, 3, 1, 2)
+
+    def sum_columns(self, depth: Tensor, context: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum depth * context over the rows: under a level camera they share a cell, but for the dump.
+
+        Args:
+            depth: (B, D, h, w).
+            context: (B, C, h, w).
+            cells: (B, D, h, w), of which the dump is the largest possible.
+
+        Returns:
+            (B, D, w, C) and the cells, (B*D*w,).
+        """
+        dump = len(depth) * self.grid.shape[0] * self.grid.shape[1]
+        rows = (depth * (cells < dump)).permute(0, 3, 1, 2)  # (B, w, D, h)
+        lifted = rows @ context.permute(0, 3, 2, 1)  # (B, w, D, C)
+        return lifted.transpose(1, 2), cells.amin(dim=2).flatten()
 
     def cells(self, lidar_to_image: Tensor) -> Tensor:
         """Flat cell index over (B, nx, ny) of every frustum point, (B*D*h*w,)."""
@@ -112,16 +137,36 @@ class LiftSplat(nn.Module):
         inside &= (z >= Z_RANGE[0]) & (z < Z_RANGE[1])
         return index.where(inside, batch * nx * ny).flatten()
 
+    def depth_loss(self, depth: Tensor, batch: Batch) -> Tensor:
+        """Mean negative log-likelihood of the LiDAR points' depths at the pixels they fall in.
 
-def image_frustum(image_size: tuple[int, int], bins: int, step: float) -> Tensor:
+        Args:
+            depth: (B, D, h, w) probabilities.
+            batch: With points; without any in the image the loss is 0.
+        """
+        a, b = batch.lidar_to_image[:, :, :3], batch.lidar_to_image[:, :, 3]
+        projected = torch.einsum("nij,nj->ni", a[batch.point_frame], batch.points[:, :3])
+        u, v, d = (projected + b[batch.point_frame]).unbind(1)
+        pixel = torch.stack([v, u], dim=1) / (d[:, None].clamp(min=MIN_DEPTH) * self.stride)
+        index, inside = flat_index(pixel, batch.point_frame, (depth.shape[2], depth.shape[3]))
+        number = ((d - MIN_DEPTH) / self.step).floor().long()
+        inside &= (number >= 0) & (number < self.bins)
+        likelihood = depth.float().permute(0, 2, 3, 1).reshape(-1, self.bins)[index[inside], number[inside]]
+        return -likelihood.clamp(min=1e-6).log().sum() / max(len(likelihood), 1)
+
+
+def lift_stride(size: ModelSize) -> int:
+    """Image pixels per pixel of the features that are lifted."""
+    return STEM_STRIDE * math.prod(size.camera_strides[:2])
+
+
+def image_frustum(image_size: tuple[int, int], bins: int, step: float, stride: int = 8) -> Tensor:
     """Points d * [u, v, 1] of the depth bins and the feature pixels, (3, D*h*w), D outermost."""
     height, width = image_size
-    if height % (2 * NECK_STRIDE) or width % (2 * NECK_STRIDE):
-        raise ValueError(
-            f"image_size must be multiples of {2 * NECK_STRIDE} (height, width), got {image_size}."
-        )
-    v = (torch.arange(height // NECK_STRIDE) + 0.5) * NECK_STRIDE
-    u = (torch.arange(width // NECK_STRIDE) + 0.5) * NECK_STRIDE
+    if height % (2 * stride) or width % (2 * stride):
+        raise ValueError(f"image_size must be multiples of {2 * stride} (height, width), got {image_size}.")
+    v = (torch.arange(height // stride) + 0.5) * stride
+    u = (torch.arange(width // stride) + 0.5) * stride
     depth = MIN_DEPTH + (torch.arange(bins) + 0.5) * step
     d, v, u = torch.meshgrid(depth, v, u, indexing="ij")
     return torch.stack([d * u, d * v, d]).flatten(1)
@@ -144,8 +189,8 @@ class CameraEncoder(nn.Module):
         self.vtransform = LiftSplat(size, self.image_size, grid)
         self.out_channels = size.camera_bev
 
-    def forward(self, image: Tensor, lidar_to_image: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8, (B, 3, 4) -> (B, out_channels, nx, ny)."""
+    def forward(self, image: Tensor, lidar_to_image: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) uint8, (B, 3, 4) -> (B, out_channels, nx, ny), depth probabilities (B, D, h, w)."""
         if tuple(image.shape[-2:]) != self.image_size:
             raise ValueError(
                 f"The model was built for images of {self.image_size} (height, width), got "

@@ -1,4 +1,4 @@
-"""Map IoU and detection AP of a model, with a sensor dropped if so wished."""
+"""Map IoU and detection AP of a model, with sensors as they are or failing."""
 
 from collections.abc import Iterable
 
@@ -8,7 +8,8 @@ from torch import nn
 from altermoma_pl.metrics import BEVIoU, CentreDistanceAP
 from examples.data.batch import Batch
 from examples.models.cells import flat_index, to_cells
-from examples.models.fusion import SENSORS, FusionModel, FusionOutput
+from examples.models.fusion import FusionModel, FusionOutput
+from examples.models.views import VIEWS
 
 
 def update_metrics(
@@ -23,33 +24,22 @@ def update_metrics(
     ap.update(*found, *targets)
 
 
-def drop_sensor(batch: Batch, sensor: str) -> Batch:
-    """The batch as if a sensor had failed: a black image, or not a single point.
-
-    Raises:
-        ValueError: `sensor` is neither "camera" nor "lidar".
-    """
-    if sensor == "camera":
-        return batch._replace(image=torch.zeros_like(batch.image))
-    if sensor == "lidar":
-        return batch._replace(points=batch.points[:0], point_frame=batch.point_frame[:0])
-    raise ValueError(f"The sensor to drop must be one of {SENSORS} or None, got {sensor!r}.")
-
-
-def evaluate(model: FusionModel, batches: Iterable[Batch], drop: str | None = None) -> dict[str, float]:
+def evaluate(model: FusionModel, batches: Iterable[Batch], view: str = "both") -> dict[str, float]:
     """Evaluate in eval mode and without gradients; the train flags are put back.
 
     Args:
         model: The model, which also decides the device.
         batches: Batches with ground truth.
-        drop: "camera", "lidar" or None.
+        view: What the sensors see, one of `VIEWS`.
 
     Returns:
         `miou` and `ap`, both in [0, 1].
 
     Raises:
-        ValueError: `drop` is something else.
+        ValueError: There is no such view.
     """
+    if view not in VIEWS:
+        raise ValueError(f"view must be one of {tuple(VIEWS)}, got {view!r}.")
     device = next(model.parameters()).device
     iou = BEVIoU(model.num_map_classes).to(device)
     ap = CentreDistanceAP(model.num_object_classes).to(device)
@@ -58,12 +48,34 @@ def evaluate(model: FusionModel, batches: Iterable[Batch], drop: str | None = No
     try:
         with torch.no_grad():
             for batch in batches:
-                seen = batch if drop is None else drop_sensor(batch, drop)
-                seen = Batch(*(tensor.to(device) for tensor in seen))
+                seen = VIEWS[view](to_device(batch, device))
                 update_metrics(model, model(seen), seen, iou, ap)
     finally:
         restore_training(training)
     return {"miou": iou.compute().item(), "ap": ap.compute().item()}
+
+
+def evaluate_views(
+    model: FusionModel, batches: Iterable[Batch], views: Iterable[str] = tuple(VIEWS)
+) -> dict[str, dict[str, float]]:
+    """View -> what `evaluate` returns. The batches are read, and moved to the model's device, once.
+
+    Args:
+        model: The model, which also decides the device.
+        batches: Batches with ground truth, large ones for speed; all of them stay on the device.
+        views: Some of `VIEWS`.
+
+    Raises:
+        ValueError: There is no such view.
+    """
+    device = next(model.parameters()).device
+    moved = [to_device(batch, device) for batch in batches]
+    return {view: evaluate(model, moved, view) for view in views}
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on a device."""
+    return Batch(*(tensor.to(device) for tensor in batch))
 
 
 def restore_training(flags: dict[nn.Module, bool]) -> None:

@@ -25,6 +25,7 @@ class FusionOutput(NamedTuple):
 
     objects: ObjectMaps
     map_logits: Tensor  # (B, S, nx, ny)
+    depth: Tensor | None = None  # (B, D, h, w) probabilities at the camera's pixels
 
 
 class Decoder(nn.Module):
@@ -53,7 +54,7 @@ class FusionModel(nn.Module):
 
     Args:
         sensors: Which of "camera" and "lidar" the model sees.
-        size: "small" for a CPU, "large" for a GPU.
+        size: "tiny" for benchmarks, "small" for a CPU, "large" for a GPU.
         num_object_classes: Number of object classes K.
         num_map_classes: Number of map classes S.
         image_size: (H, W), multiples of 16.
@@ -66,7 +67,7 @@ class FusionModel(nn.Module):
     def __init__(
         self,
         sensors: Sequence[str] = SENSORS,
-        size: Literal["small", "large"] = "small",
+        size: Literal["tiny", "small", "large"] = "small",
         num_object_classes: int = len(CLASSES),
         num_map_classes: int = 1,
         image_size: tuple[int, int] = (96, 320),
@@ -107,14 +108,15 @@ class FusionModel(nn.Module):
 
     def forward(self, batch: Batch) -> FusionOutput:
         """Predict every map of the batch."""
-        features = []
+        features, depth = [], None
         if "camera" in self.encoders:
-            features.append(self.encoders["camera"](batch.image, batch.lidar_to_image))
+            lifted, depth = self.encoders["camera"](batch.image, batch.lidar_to_image)
+            features.append(lifted)
         if "lidar" in self.encoders:
             encoder = self.encoders["lidar"]
             features.append(encoder(batch.points, batch.point_frame, len(batch.image)))
         x = self.decoder(self.fuser(torch.cat(features, dim=1)))  # (B, decoder, nx, ny)
-        return FusionOutput(self.heads["object"](x), self.heads["map"](x))
+        return FusionOutput(self.heads["object"](x), self.heads["map"](x), depth)
 
     def loss(self, output: FusionOutput, batch: Batch) -> dict[str, Tensor]:
         """Scalars `heatmap`, `regression`, `map` and their sum `loss`."""
@@ -122,6 +124,17 @@ class FusionModel(nn.Module):
         parts = object_loss(output.objects, *boxes, self.grid)
         parts["map"] = MAP_WEIGHT * map_loss(output.map_logits, batch.segmentation)
         return {"loss": torch.stack(list(parts.values())).sum(), **parts}
+
+    def depth_loss(self, output: FusionOutput, batch: Batch) -> Tensor:
+        """How badly the camera's depths explain the LiDAR points (see `LiftSplat.depth_loss`).
+
+        Raises:
+            ValueError: The model has no camera.
+        """
+        if output.depth is None:
+            raise ValueError(f"depth_weight needs the sensor 'camera', but the model has {self.sensors}.")
+        loss: Tensor = self.encoders["camera"].vtransform.depth_loss(output.depth, batch)
+        return loss
 
     def detections(self, output: FusionOutput) -> Detections:
         """Decoded boxes of the batch."""

@@ -27,11 +27,16 @@ class FusionModule(LightningModule):
 
     Args:
         sensors: Which of "camera" and "lidar" the model sees; one of them for pre-training.
-        size: "small" for a CPU, "large" for a GPU.
+        size: "tiny" for benchmarks, "small" for a CPU, "large" for a GPU.
         num_map_classes: Number of map classes S of the batches.
         map_classes: Their names in the log; numbers if left out.
         learning_rate: Peak learning rate, after a linear warm-up and before a cosine decay to 0.
+        decay_epochs: Length of one cycle of warm-up and decay in epochs. After it the next one begins, so
+            that every round of a run that rewinds its weights sees the same. None: one cycle over the
+            whole training.
         weight_decay: Of AdamW.
+        depth_weight: Weight of a loss that has the camera's depths explain the LiDAR points, 0 for none;
+            for pre-training the camera.
         backbones: Checkpoint of a single-sensor run per sensor, from which the encoder is loaded.
         heads: Checkpoint of a single-sensor run, from which decoder and heads are loaded.
         weights: Checkpoint of a run of the same model, from which all weights are loaded.
@@ -45,11 +50,13 @@ class FusionModule(LightningModule):
     def __init__(
         self,
         sensors: Sequence[str] = SENSORS,
-        size: Literal["small", "large"] = "small",
+        size: Literal["tiny", "small", "large"] = "small",
         num_map_classes: int = 1,
         map_classes: list[str] | None = None,
         learning_rate: float = 1e-3,
+        decay_epochs: int | None = None,
         weight_decay: float = 0.01,
+        depth_weight: float = 0.0,
         backbones: dict[str, str] | None = None,
         heads: str | None = None,
         weights: str | None = None,
@@ -62,7 +69,11 @@ class FusionModule(LightningModule):
             raise ValueError(
                 f"map_classes must name {num_map_classes} classes (num_map_classes), got {names}."
             )
+        if decay_epochs is not None and decay_epochs < 1:
+            raise ValueError(f"decay_epochs must be at least 1, or None for one cycle, got {decay_epochs}.")
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.decay_epochs = decay_epochs
+        self.depth_weight = depth_weight
         self.map_classes = names
         self.model = FusionModel(sensors, size, len(CLASSES), num_map_classes, image_size, grid)
         for sensor, path in (backbones or {}).items():
@@ -83,8 +94,16 @@ class FusionModule(LightningModule):
         return self.model(batch)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Scalars `loss` and its parts `heatmap`, `regression`, `map`. Needs no Trainer."""
-        return self.model.loss(self.model(batch), batch)
+        """Scalars `loss` and its parts `heatmap`, `regression`, `map` and, weighted, `depth` if asked for.
+
+        Needs no Trainer.
+        """
+        output = self.model(batch)
+        losses = self.model.loss(output, batch)
+        if self.depth_weight:
+            losses["depth"] = self.depth_weight * self.model.depth_loss(output, batch)
+            losses["loss"] = losses["loss"] + losses["depth"]
+        return losses
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Log the losses and return their sum."""
@@ -109,16 +128,25 @@ class FusionModule(LightningModule):
         self._log_metrics("test")
 
     def configure_optimizers(self) -> Any:
-        """AdamW with a warm-up and, where the number of steps is known, a cosine decay."""
+        """AdamW with a warm-up and, where the number of steps is known, a cosine decay, or cycles of both."""
         optimizer = torch.optim.AdamW(
             self.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay
         )
-        factor = partial(learning_rate_factor, num_steps=self.trainer.estimated_stepping_batches)
+        repeat = self.decay_epochs is not None
+        factor = partial(learning_rate_factor, num_steps=self._cycle(), repeat=repeat)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    def _cycle(self) -> float:
+        """Optimizer steps of one cycle of the learning rate."""
+        total = self.trainer.estimated_stepping_batches  # makes the loader, whose length is used below
+        if self.decay_epochs is None:
+            return total
+        batches = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+        return self.decay_epochs * math.ceil(batches) if math.isfinite(batches) else batches
 
     def _evaluate(self, stage: str, batch: Batch) -> None:
         output = self.model(batch)
@@ -141,13 +169,16 @@ class FusionModule(LightningModule):
             metric.reset()
 
 
-def learning_rate_factor(step: int, num_steps: float) -> float:
+def learning_rate_factor(step: int, num_steps: float, repeat: bool = False) -> float:
     """Share of the peak learning rate at a step, in (0, 1] before the last step.
 
     Args:
         step: From 0.
-        num_steps: Length of the training; infinite for no decay.
+        num_steps: Length of the training, or of a cycle; infinite for no decay.
+        repeat: Whether step `num_steps`, where the cosine ends at 0, is step 0 of the next cycle.
     """
+    if repeat and math.isfinite(num_steps):
+        step = step % int(num_steps)
     warm_up = min(100.0, WARM_UP_SHARE * num_steps)
     if step < warm_up:
         return (step + 1) / (warm_up + 1)

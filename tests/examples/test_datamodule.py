@@ -264,7 +264,18 @@ def test_arguments_from_yaml(tmp_path, monkeypatch):
     assert not module.flip
 
 
-@pytest.mark.parametrize("name", ["num_train", "num_val", "num_calibration", "batch_size"])
+def test_validation_may_have_larger_batches(data, cache_dir):
+    module = DrivingData(cache_dir=cache_dir, eval_batch_size=3, **SMALL)
+    module.setup()
+    sizes = {
+        "train": [len(batch.image) for batch in module.train_dataloader()],
+        "val": [len(batch.image) for batch in module.val_dataloader()],
+        "calibration": [len(batch.image) for batch in module.calibration_dataloader()],
+    }
+    assert sizes == {"train": [4, 4], "val": [3, 1], "calibration": [4, 2]}
+
+
+@pytest.mark.parametrize("name", ["num_train", "num_val", "num_calibration", "batch_size", "eval_batch_size"])
 def test_counts_are_positive(name):
     with pytest.raises(ValueError, match=f"{name} must be 1 or more, got 0"):
         DrivingData(**{name: 0})

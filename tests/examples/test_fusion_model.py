@@ -9,12 +9,13 @@ from altermoma_pl.metrics import BEVIoU, CentreDistanceAP
 from examples.data.batch import Batch
 from examples.grid import BEVGrid
 from examples.models.camera import LiftSplat, image_frustum
-from examples.models.evaluate import evaluate, update_metrics
+from examples.models.evaluate import evaluate, evaluate_views, update_metrics
 from examples.models.fusion import SENSORS, FusionModel, FusionOutput
 from examples.models.heads import ObjectMaps, decode, encode_boxes
 from examples.models.lidar import Pillars
 from examples.models.losses import gaussian_focal_loss, heatmap_target, object_loss
 from examples.models.sizes import SIZES
+from examples.models.views import NOISE, VIEWS, degrade_camera, drop_beams, drop_sensor
 
 GRID = BEVGrid(x_min=0.0, x_max=12.8, y_min=-6.4, y_max=6.4)  # 16 x 16 cells
 IMAGE = (32, 64)
@@ -303,8 +304,8 @@ def test_evaluate_drops_a_sensor_and_restores_train_flags():
     flags = [module.training for module in model.modules()]
     before = {name: value.clone() for name, value in model.state_dict().items()}
     batches = [random_batch(seed=1), random_batch(seed=2)]
-    for drop in (None, *SENSORS):
-        values = evaluate(model, batches, drop)
+    for view in VIEWS:
+        values = evaluate(model, batches, view)
         assert set(values) == {"miou", "ap"}
         assert all(0 <= value <= 1 for value in values.values())
     assert [module.training for module in model.modules()] == flags
@@ -314,9 +315,9 @@ def test_evaluate_drops_a_sensor_and_restores_train_flags():
 def test_evaluate_with_a_dropped_sensor_equals_evaluating_without_its_data():
     model, batch = fusion(), random_batch()
     black = batch._replace(image=torch.zeros_like(batch.image))
-    assert evaluate(model, [batch], "camera") == evaluate(model, [black])
+    assert evaluate(model, [batch], "camera dropped") == evaluate(model, [black])
     blind = batch._replace(points=batch.points[:0], point_frame=batch.point_frame[:0])
-    assert evaluate(model, [batch], "lidar") == evaluate(model, [blind])
+    assert evaluate(model, [batch], "LiDAR dropped") == evaluate(model, [blind])
 
 
 @pytest.mark.parametrize(
@@ -325,7 +326,7 @@ def test_evaluate_with_a_dropped_sensor_equals_evaluating_without_its_data():
         ({"sensors": []}, "sensors must be one or both of ('camera', 'lidar'), got ()."),
         ({"sensors": ["radar"]}, "one or both of ('camera', 'lidar'), got ('radar',)."),
         ({"sensors": ["camera", "camera"]}, "got ('camera', 'camera')."),
-        ({"size": "huge"}, "size must be one of ('small', 'large'), got 'huge'."),
+        ({"size": "huge"}, "size must be one of ('tiny', 'small', 'large'), got 'huge'."),
         ({"num_map_classes": 0}, "must be at least 1, got 3 and 0."),
         ({"image_size": (90, 320)}, "must be multiples of 16 (height, width), got (90, 320)."),
     ],
@@ -339,5 +340,70 @@ def test_refused_inputs():
     batch = random_batch()
     with pytest.raises(ValueError, match=re.escape("for images of (32, 64) (height, width), got")):
         fusion()(batch._replace(image=batch.image[..., :48]))
-    with pytest.raises(ValueError, match=re.escape("('camera', 'lidar') or None, got 'radar'.")):
-        evaluate(fusion(), [batch], drop="radar")
+    with pytest.raises(ValueError, match=re.escape("one of ('camera', 'lidar'), got 'radar'.")):
+        drop_sensor(batch, "radar")
+    with pytest.raises(ValueError, match=re.escape(f"view must be one of {tuple(VIEWS)}, got 'radar'.")):
+        evaluate(fusion(), [batch], "radar")
+    lidar = fusion(["lidar"])
+    with pytest.raises(
+        ValueError, match=re.escape("needs the sensor 'camera', but the model has ('lidar',).")
+    ):
+        lidar.depth_loss(lidar(batch), batch)
+
+
+def test_views_are_evaluated_as_one_by_one():
+    model, batches = fusion(), (random_batch(seed=seed) for seed in (1, 2))
+    values = evaluate_views(model, batches, ["both", "beams dropped"])  # from an iterator: read once
+    again = [random_batch(seed=seed) for seed in (1, 2)]
+    assert values == {view: evaluate(model, again, view) for view in ("both", "beams dropped")}
+
+
+def test_degraded_images_are_dark_and_noisy_whatever_the_batch():
+    batch = random_batch()._replace(image=torch.full((2, 3, *IMAGE), 200, dtype=torch.uint8))
+    degraded = degrade_camera(batch).image
+    assert degraded.float().mean() == pytest.approx(60, abs=3)  # 0.3 * 200, barely clipped
+    assert degraded.float().std() == pytest.approx(NOISE, rel=0.15)
+    frame = random_batch()
+    both, second = degrade_camera(frame), degrade_camera(frame._replace(image=frame.image[1:]))
+    assert torch.equal(both.image[1:], second.image)
+    assert not torch.equal(both.image, degrade_camera(frame, seed=1).image)
+
+
+def test_one_ring_in_four_is_kept():
+    elevation = -0.42 + 0.46 / 32 * (torch.arange(32) + 0.5)  # one point in the middle of each ring
+    points = torch.stack([elevation.cos() * 7, 0 * elevation, elevation.sin() * 7, elevation], dim=1)
+    frames = torch.arange(32) % 2
+    batch = drop_beams(random_batch()._replace(points=points, point_frame=frames))
+    assert torch.equal(batch.points, points[::4])
+    assert torch.equal(batch.point_frame, frames[::4])
+
+
+def test_summing_columns_first_changes_nothing_under_a_level_camera():
+    splat = LiftSplat(SIZES["small"], IMAGE, GRID)
+    torch.manual_seed(0)
+    depth, context = splat.lift(torch.randn(2, SIZES["small"].neck, 4, 8))
+    view = torch.stack([projection(), projection((-0.5, 0.3, 0.2))])
+    expected = splat.splat(depth, context, view)
+    splat.by_column = True
+    assert_close(splat.splat(depth, context, view), expected)
+    assert expected.abs().max() > 0
+
+
+def test_depth_loss_by_hand():
+    splat = LiftSplat(SIZES["small"], IMAGE, GRID)  # bins of 1 m from 1 m on, pixels of 8 x 8
+    depth = torch.full((2, splat.bins, 4, 8), 0.01)
+    depth[1, 3, 2, 4] = 0.5  # frame 1, 4 to 5 m ahead, where the camera looks
+    points = torch.tensor([[4.5, 0.0, 0.0, 0], [4.5, 0.0, 0.0, 0], [-3, 0, 0, 0], [4.5, 50.0, 0, 0]])
+    batch = random_batch()._replace(points=points, point_frame=torch.tensor([1, 0, 1, 1]))
+    # Those behind the camera and beside the image do not count.
+    expected = -(math.log(0.5) + math.log(0.01)) / 2
+    assert_close(splat.depth_loss(depth, batch), torch.tensor(expected))
+    assert splat.depth_loss(depth, drop_sensor(batch, "lidar")) == 0
+
+
+def test_the_tiny_model_is_mostly_branches_and_lifts_at_stride_4():
+    model = FusionModel(size="tiny", num_map_classes=5, image_size=(48, 160), grid=GRID)
+    weights = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    assert weights["encoders"] > 0.8 * sum(weights.values())
+    batch = random_batch()._replace(image=torch.zeros(2, 3, 48, 160, dtype=torch.uint8))
+    assert model(batch).depth.shape == (2, 12, 12, 40)  # 1 to 12.8 m in steps of 1 m

@@ -2,7 +2,7 @@ import re
 
 import pytest
 import torch
-from lightning import Trainer
+from lightning import Trainer, seed_everything
 from torch.utils.data import DataLoader
 
 from examples.data.batch import Batch
@@ -100,6 +100,35 @@ def test_learning_rate_of_short_trainings(num_steps):
     assert all(0 < learning_rate_factor(step, num_steps) <= 1 for step in range(num_steps))
 
 
+def test_learning_rate_repeats_its_cycle():
+    once = [learning_rate_factor(step, 20) for step in range(20)]
+    assert [learning_rate_factor(step, 20, repeat=True) for step in range(40)] == once + once
+    assert learning_rate_factor(20, 20) == pytest.approx(0)  # without it the training is over
+
+
+@pytest.mark.parametrize(("accumulate", "cycle"), [(1, 6), (2, 4)])
+def test_cycles_of_epochs(accumulate, cycle):
+    module = make_module(decay_epochs=2)
+    trainer = make_trainer(max_epochs=5, limit_val_batches=0, accumulate_grad_batches=accumulate)
+    trainer.fit(module, loader(3), loader(1))
+    factor = trainer.lr_scheduler_configs[0].scheduler.lr_lambdas[0]
+    expected = [learning_rate_factor(step, cycle) for step in range(cycle)]
+    assert [factor(step) for step in range(2 * cycle)] == 2 * expected
+
+
+def test_cycles_must_have_an_epoch():
+    with pytest.raises(ValueError, match=re.escape("decay_epochs must be at least 1, or None for one cycle")):
+        make_module(decay_epochs=0)
+
+
+def test_depth_weight_adds_a_loss():
+    plain, losses = make_module().loss(make_batch()), make_module(depth_weight=0.5).loss(make_batch())
+    assert "depth" not in plain
+    parts = losses["heatmap"] + losses["regression"] + losses["map"] + losses["depth"]
+    torch.testing.assert_close(losses["loss"], parts)
+    assert losses["depth"] > 0
+
+
 def test_learning_rate_of_endless_training_stays():
     assert learning_rate_factor(10_000, float("inf")) == 1
 
@@ -152,3 +181,17 @@ def test_refused_map_classes():
     message = "map_classes must name 2 classes (num_map_classes), got ['road']."
     with pytest.raises(ValueError, match=re.escape(message)):
         make_module(map_classes=["road"])
+
+
+def test_training_repeats_bit_for_bit():
+    """Of the tiny model, with depths and cycles, as benchmarks train it."""
+
+    def weights():
+        seed_everything(3, verbose=False)
+        module = make_module(size="tiny", depth_weight=1.0, decay_epochs=1)
+        trainer = make_trainer(max_epochs=2, limit_val_batches=0)
+        trainer.fit(module, loader(), loader(1))
+        return module.state_dict()
+
+    first, second = weights(), weights()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())

@@ -15,7 +15,7 @@ from examples.data.kitti import (
     read_points,
     read_split,
 )
-from examples.data.scene import CURB, GROUND_Z, Road, Scene, Thing, random_scene
+from examples.data.scene import CURB, GROUND_Z, Road, Scene, SceneOptions, Thing, random_scene
 from examples.data.sensors import GROUND, SKY, camera_rays, cast, render, scan
 from examples.data.synthetic import (
     SyntheticConfig,
@@ -195,6 +195,63 @@ def test_pedestrians_and_cyclists_are_drawn_alike():
     assert (np.abs(walks.mean(axis=0) - rides.mean(axis=0)) < 4 * error).all()
 
 
+# Options.
+
+
+def test_vivid_scenes_differ_in_colour_alone():
+    plain, vivid = (random_scene(np.random.default_rng(4), BEVGrid(), colour) for colour in (False, True))
+    assert len(plain.things) == len(vivid.things)
+    assert same_scan(plain, vivid)
+    assert not same_image(plain, vivid)
+
+
+def test_vivid_colours_tell_the_kinds_apart():
+    rng = np.random.default_rng(0)
+    things = [item for _ in range(20) for item in random_scene(rng, BEVGrid(), vivid=True).things]
+    assert {item.kind for item in things} >= {"Car", "Pedestrian", "Cyclist", "Misc", "Building"}
+    for item in things:
+        red, _, blue = item.colours.T
+        sign = {"Pedestrian": 1, "Cyclist": -1}.get(item.kind, 0)
+        assert (np.sign(np.round(red - blue)) == sign).all()
+
+
+def test_beams_and_columns_of_the_lidar():
+    options = SceneOptions(beams=8, columns=16, fault_share=0)
+    points, _ = scan(scene(), np.random.default_rng(1), options)
+    assert 0.8 * 6 * 16 < len(points) <= 6 * 16  # two beams meet nothing within range
+    elevation = np.arctan2(points[:, 2], np.hypot(points[:, 0], points[:, 1]))
+    paved = points[:, 3] < 0.3  # where the ground is not rough
+    assert len(np.unique(elevation[paved].round(3))) == 6
+
+
+def test_share_of_scans_with_a_fault():
+    def points(share):
+        options = SceneOptions(fault_share=share)
+        return [len(scan(scene(), np.random.default_rng(seed), options)[0]) for seed in range(8)]
+
+    assert max(points(1.0)) < 0.7 * min(points(0.0))
+
+
+def test_share_of_images_with_a_fault():
+    def images(share):
+        seeds = range(8)
+        return [render(scene(), PROJECTION, (32, 96), np.random.default_rng(s), share)[0] for s in seeds]
+
+    assert not any(map(np.array_equal, images(0.0), images(1.0)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fault_share": 1.5}, r"fault_share must lie in \[0, 1\], got 1.5"),
+        ({"beams": 1}, "beams and columns must be 2 or more, got 1 and 224"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        SceneOptions(**options)
+
+
 # Labels.
 
 
@@ -286,8 +343,9 @@ def test_configurations_have_their_own_folder():
         replace(CONFIG, seed=6),
         replace(CONFIG, num_val=9),
         replace(CONFIG, grid=BEVGrid(cell=0.4)),
+        replace(CONFIG, options=SceneOptions(vivid=True)),
     ]
-    assert len({config.name for config in [CONFIG, *others]}) == 4
+    assert len({config.name for config in [CONFIG, *others]}) == 5
 
 
 def test_failed_generation_leaves_nothing(tmp_path, monkeypatch):

@@ -6,25 +6,24 @@ camera's view of the shared vector is the noisier one, so once the two are fused
 sub-tower is redundant, by construction, and its private sub-tower is not.
 """
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from lightning import LightningModule, Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch import seed_everything
 from torch import Tensor, nn
 from torch.nn import functional
 from torchmetrics.functional.classification import binary_auroc
 
-from altermoma_pl import AlterMOMACallback, Calibration
+from altermoma_pl import AlterMOMACallback, Calibration, Rewinding
 from altermoma_pl.compare import Benchmark, Direction, Values
 
 LATENT, OBSERVED, TARGETS = 4, 16, 8
-SENSORS = ("camera", "lidar")
+SENSORS, PARTS = ("camera", "lidar"), ("shared", "private")
 # What each sensor observes, in the order of a batch.
-VIEWS = tuple((sensor, part) for sensor in SENSORS for part in ("shared", "private"))
+VIEWS = tuple((sensor, part) for sensor in SENSORS for part in PARTS)
 PRIVATE_NOISE = 0.05
 BATCH_SIZE = 128
 WEIGHT_DECAY = 1e-4
@@ -84,7 +83,7 @@ class PlantedNet(nn.Module):
     def __init__(self, sensors: Sequence[str] = SENSORS, width: int = 32) -> None:
         super().__init__()
         for sensor in sensors:
-            parts = {part: _mlp(OBSERVED, width, 8) for part in ("shared", "private")}
+            parts = {part: _mlp(OBSERVED, width, 8) for part in PARTS}
             setattr(self, sensor, nn.ModuleDict(parts))
         self.sensors = tuple(sensors)
         self.head = _mlp(2 * 8 * len(sensors), 2 * width, TARGETS)
@@ -106,11 +105,16 @@ class PlantedModule(LightningModule):
         net: The net.
         learning_rate: Its peak.
         cycle: Length of one decay in steps; it starts anew after that.
+        calibration: Batches to score on.
     """
 
-    def __init__(self, net: PlantedNet, learning_rate: float, cycle: int) -> None:
+    def __init__(self, net: PlantedNet, learning_rate: float, cycle: int, calibration: PlantedData) -> None:
         super().__init__()
-        self.net, self.learning_rate, self.cycle = net, learning_rate, cycle
+        self.net, self.learning_rate, self.cycle, self.calibration = net, learning_rate, cycle, calibration
+
+    def calibration_dataloader(self) -> PlantedData:
+        """Batches to score on."""
+        return self.calibration
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
         """Mean squared error."""
@@ -187,22 +191,19 @@ class Planted(Benchmark):
         net = PlantedNet(width=self.width)
         net.load_state_dict(torch.load(folder / "dense.pt", weights_only=True))
         seed_everything(seed, verbose=False)
-        module = PlantedModule(net, self.learning_rate / 2, self.cycle(callback, num_epochs))
+        schedule = callback.schedule
+        epochs = schedule.epochs_per_round if isinstance(schedule, Rewinding) else num_epochs
+        cycle = self.steps_per_epoch * epochs
+        module = PlantedModule(net, self.learning_rate / 2, cycle, self.data(seed, 4, 64))
         auc = self._area(module, seed, callback)
-        train = self.data(seed, 3, self.steps_per_epoch)
-        trainer = _trainer([callback], max_epochs=num_epochs)
-        trainer.fit(module, train, self.data(seed, 4, 64))
+        _trainer([callback], num_epochs).fit(module, self.data(seed, 3, self.steps_per_epoch))
         return {"auc": auc, "loss": self._loss(net, seed)}
-
-    def cycle(self, callback: AlterMOMACallback, num_epochs: int) -> int:
-        """Steps of one decay: a schedule that rewinds repeats it in each round."""
-        return self.steps_per_epoch * getattr(callback.schedule, "epochs_per_round", num_epochs)
 
     def _area(self, module: PlantedModule, seed: int, callback: AlterMOMACallback) -> float:
         calibration = Calibration(
             module,
             mean_squared_error,
-            self.data(seed, 4, 64),
+            module.calibration,
             self.data(seed, 3, self.steps_per_epoch),
             self.modalities,
         )
@@ -230,9 +231,6 @@ class Planted(Benchmark):
         return float(torch.stack(losses).mean())
 
 
-PARTS = ("shared", "private")
-
-
 def mean_squared_error(module: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
     """Loss of a `PlantedModule` on a batch."""
     *observed, target = batch
@@ -245,10 +243,9 @@ def _mlp(inputs: int, width: int, outputs: int) -> nn.Sequential:
     )
 
 
-def _trainer(callbacks: list, **length: int) -> Trainer:
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+def _trainer(callbacks: list[Callback], num_epochs: int) -> Trainer:
     return Trainer(
-        **length,
+        max_epochs=num_epochs,
         accelerator="cpu",
         callbacks=callbacks,
         logger=False,

@@ -1,0 +1,170 @@
+"""Camera-LiDAR fusion on synthetic scenes: what a criterion is for."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning import Trainer
+from lightning.pytorch import seed_everything
+
+from altermoma_pl import AlterMOMACallback, Rewinding
+from altermoma_pl.compare import Benchmark, Direction, Values
+from examples.data.datamodule import DrivingData
+from examples.data.scene import SceneOptions
+from examples.grid import BEVGrid
+from examples.models.evaluate import evaluate_views
+from examples.models.fusion import SENSORS
+from examples.models.module import FusionModule
+
+
+@dataclass(frozen=True)
+class Fusion(Benchmark):
+    """The example model, pre-trained by sensor and fused, then pruned; measured by mIoU and AP.
+
+    Values are named `miou`, `ap`, and `miou/camera_dropped` etc. for each failing sensor (see
+    `examples.models.views`). Every seed has scenes, weights and an order of training of its own.
+
+    Args:
+        size: Of the model.
+        image_size: Height and width of the images, multiples of 16.
+        extent: Metres from the car forward, and half as many to each side.
+        cell: Metres of a cell of the bird's-eye view.
+        num_train: Training frames.
+        num_val: Validation frames.
+        num_calibration: Frames to score on.
+        batch_size: Frames per training batch.
+        camera_epochs: Pre-training of the camera, which learns its depths from the LiDAR points.
+        lidar_epochs: Pre-training of the LiDAR.
+        fusion_epochs: Training of the fused model.
+        pruning_batches: Batches of an epoch of pruning.
+        learning_rate: Of all training before pruning.
+        pruning_learning_rate: Of pruning and fine-tuning.
+        accelerator: As for Lightning's Trainer.
+        cache_dir: Folder of the synthetic scenes.
+    """
+
+    size: Literal["tiny", "small", "large"] = "tiny"
+    image_size: tuple[int, int] = (48, 160)
+    extent: float = 24.0
+    cell: float = 1.0
+    num_train: int = 512
+    num_val: int = 96
+    num_calibration: int = 64
+    batch_size: int = 4
+    camera_epochs: int = 7
+    lidar_epochs: int = 6
+    fusion_epochs: int = 5
+    pruning_batches: int = 40
+    learning_rate: float = 3e-3
+    pruning_learning_rate: float = 2e-3
+    accelerator: str = "cpu"
+    cache_dir: str = "~/.cache/altermoma_pl"
+
+    @property
+    def modalities(self) -> Mapping[str, Sequence[str]]:
+        """The two encoders."""
+        return {sensor: [f"model.encoders.{sensor}"] for sensor in SENSORS}
+
+    @property
+    def metrics(self) -> Mapping[str, Direction]:
+        """Mean IoU of the maps, average precision of the objects."""
+        return {"miou": "higher", "ap": "higher"}
+
+    def train_dense(self, seed: int, folder: Path) -> Values:
+        """Each sensor alone, then both."""
+        data, checkpoints, values = self._data(seed), {}, {}
+        for sensor in SENSORS:
+            seed_everything(seed, verbose=False)
+            alone = self._module(
+                data,
+                sensors=[sensor],
+                learning_rate=self.learning_rate,
+                depth_weight=1.0 if sensor == "camera" else 0.0,
+            )
+            epochs = self.camera_epochs if sensor == "camera" else self.lidar_epochs
+            self._fit(alone, data, epochs).save_checkpoint(folder / f"{sensor}.ckpt")
+            checkpoints[sensor] = str(folder / f"{sensor}.ckpt")
+            values |= _values(evaluate_views(alone.model, data.val_dataloader(), ["both"]), f"{sensor}_alone")
+        seed_everything(seed, verbose=False)
+        fused = self._module(
+            data, backbones=checkpoints, heads=checkpoints["lidar"], learning_rate=self.learning_rate
+        )
+        self._fit(fused, data, self.fusion_epochs).save_checkpoint(folder / "dense.ckpt")
+        return _values(evaluate_views(fused.model, data.val_dataloader())) | values
+
+    def prune(self, seed: int, folder: Path, callback: AlterMOMACallback, num_epochs: int) -> Values:
+        """Prune and fine-tune the dense model, with one cycle of the learning rate, or one a round."""
+        data, schedule = self._data(seed), callback.schedule
+        cycle = schedule.epochs_per_round if isinstance(schedule, Rewinding) else num_epochs
+        seed_everything(seed, verbose=False)
+        model = self._module(
+            data,
+            weights=str(folder / "dense.ckpt"),
+            learning_rate=self.pruning_learning_rate,
+            decay_epochs=cycle,
+        )
+        self._fit(model, data, num_epochs, [callback], limit_train_batches=self.pruning_batches)
+        return _values(evaluate_views(model.model, data.val_dataloader()))
+
+    def _data(self, seed: int) -> DrivingData:
+        grid = BEVGrid(0.0, self.extent, -self.extent / 2, self.extent / 2, self.cell)
+        data = DrivingData(
+            num_train=self.num_train,
+            num_val=self.num_val,
+            num_calibration=self.num_calibration,
+            image_size=self.image_size,
+            batch_size=self.batch_size,
+            seed=seed,
+            cache_dir=self.cache_dir,
+            grid=grid,
+            eval_batch_size=32,
+            options=SceneOptions(vivid=True, fault_share=0.2, beams=32, columns=112),
+        )
+        data.prepare_data()
+        data.setup()
+        return data
+
+    def _module(self, data: DrivingData, **options: Any) -> FusionModule:
+        return FusionModule(
+            size=self.size,
+            num_map_classes=len(data.map_classes),
+            map_classes=list(data.map_classes),
+            image_size=self.image_size,
+            grid=data.grid,
+            **options,
+        )
+
+    def _fit(
+        self,
+        model: FusionModule,
+        data: DrivingData,
+        num_epochs: int,
+        callbacks: Sequence[AlterMOMACallback] = (),
+        limit_train_batches: int | None = None,
+    ) -> Trainer:
+        trainer = Trainer(
+            max_epochs=num_epochs,
+            accelerator=self.accelerator,
+            devices=1,
+            callbacks=list(callbacks),
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+            num_sanity_val_steps=0,
+            limit_train_batches=limit_train_batches,
+            limit_val_batches=0,
+            gradient_clip_val=10.0,
+        )
+        trainer.fit(model, datamodule=data)
+        return trainer
+
+
+def _values(views: Mapping[str, Mapping[str, float]], suffix: str = "") -> Values:
+    """View -> metric -> value, flat: `miou` for both sensors, `miou/camera_dropped` and so on."""
+    values = {}
+    for view, metrics in views.items():
+        name = suffix or ("" if view == "both" else view.replace(" ", "_").lower())
+        values |= {f"{metric}/{name}" if name else metric: value for metric, value in metrics.items()}
+    return values

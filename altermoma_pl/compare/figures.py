@@ -73,13 +73,13 @@ def by_condition(summary: Summary, metric: str) -> Figure:
 def beta_family(summary: Summary) -> list[tuple[float, str]]:
     """(beta / alpha, method) of the reference's kind of `AlterEva`: alike in all but beta, ascending."""
     methods = summary.grid.methods
-    families: dict[object, list[tuple[float, str]]] = {}
+    families: dict[str, list[tuple[float, str]]] = {}
     for name, method in methods.items():
         criterion = method.criterion
         if isinstance(criterion, AlterEva) and not isinstance(criterion.beta, str):
             kind = repr(replace(method, criterion=replace(criterion, beta=0.0)))
             families.setdefault(kind, []).append((criterion.beta / criterion.alpha, name))
-    return sorted(max(families.values(), key=_length, default=[]))
+    return sorted(max(families.values(), key=len)) if families else []
 
 
 def over_beta(summary: Summary, metric: str) -> Figure:
@@ -129,10 +129,6 @@ def _bars(summary: Summary, names: Sequence[str], labels: Sequence[str], label: 
     handles, texts = panels[0].get_legend_handles_labels()
     figure.legend(handles, texts, loc="outside upper center", ncols=len(names), fontsize=8)
     return figure
-
-
-def _length(family: list[tuple[float, str]]) -> int:
-    return len(family)
 
 
 def _error_bars(found: Sequence[Estimate]) -> list[float] | None:

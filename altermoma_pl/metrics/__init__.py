@@ -1,11 +1,11 @@
 """Metrics of bird's-eye-view perception, as `torchmetrics` modules."""
 
 from altermoma_pl.metrics.bev_iou import BEVIoU
-from altermoma_pl.metrics.box_overlap import rotated_iou, rotated_iou_3d
 from altermoma_pl.metrics.centre_distance import CentreDistanceAP
 from altermoma_pl.metrics.kitti import KittiAP
 from altermoma_pl.metrics.kitti_rules import KittiDetections, KittiTargets, kitti_types
 from altermoma_pl.metrics.nuscenes import NUSCENES_CLASSES, DetectionClass, NuScenesDetection
+from altermoma_pl.metrics.rotated_iou import rotated_iou_3d, rotated_iou_bev
 
 __all__ = [
     "NUSCENES_CLASSES",
@@ -17,6 +17,6 @@ __all__ = [
     "KittiTargets",
     "NuScenesDetection",
     "kitti_types",
-    "rotated_iou",
     "rotated_iou_3d",
+    "rotated_iou_bev",
 ]

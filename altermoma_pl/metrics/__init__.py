@@ -4,7 +4,7 @@ from altermoma_pl.metrics.bev_iou import BEVIoU
 from altermoma_pl.metrics.centre_distance import CentreDistanceAP
 from altermoma_pl.metrics.kitti import KittiAP
 from altermoma_pl.metrics.kitti_rules import KittiDetections, KittiTargets, kitti_types
-from altermoma_pl.metrics.rotated_iou import rotated_iou, rotated_iou_3d
+from altermoma_pl.metrics.rotated_iou import rotated_iou_3d, rotated_iou_bev
 
 __all__ = [
     "BEVIoU",
@@ -13,6 +13,6 @@ __all__ = [
     "KittiDetections",
     "KittiTargets",
     "kitti_types",
-    "rotated_iou",
     "rotated_iou_3d",
+    "rotated_iou_bev",
 ]

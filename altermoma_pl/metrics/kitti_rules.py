@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from altermoma_pl.metrics.rotated_iou import rotated_iou, rotated_iou_3d
+from altermoma_pl.metrics.rotated_iou import rotated_iou_3d, rotated_iou_bev
 
 KITTI_TYPES = (
     "Car",
@@ -122,7 +122,7 @@ def overlaps(measures: Sequence[str], targets: KittiTargets, detections: KittiDe
         if name == "2d":
             values[name] = _iou_2d(targets.boxes2d, detections.boxes2d)
         elif name == "bev":
-            values[name] = rotated_iou(a[..., ground], b[..., ground])
+            values[name] = rotated_iou_bev(a[..., ground], b[..., ground])
         else:
             values[name] = rotated_iou_3d(a, b)
     return torch.stack([values[measure.removesuffix("_loose")] for measure in measures])

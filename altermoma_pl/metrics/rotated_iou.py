@@ -7,11 +7,11 @@ from torch import Tensor
 _CHUNK = 1 << 16
 
 
-def rotated_iou(a: Tensor, b: Tensor) -> Tensor:
+def rotated_iou_bev(a: Tensor, b: Tensor) -> Tensor:
     """Intersection over union of rotated rectangles.
 
-    Shapes broadcast: `rotated_iou(a, b)` compares N rectangles with N others one by one,
-    `rotated_iou(a[:, None], b)` gives the (N, M) matrix.
+    Shapes broadcast: `rotated_iou_bev(a, b)` compares N rectangles with N others one by one,
+    `rotated_iou_bev(a[:, None], b)` gives the (N, M) matrix.
 
     Args:
         a: (..., 5) x and y of the centre, length, width, yaw in radians counter-clockwise from +x.
@@ -29,7 +29,7 @@ def rotated_iou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def rotated_iou_3d(a: Tensor, b: Tensor) -> Tensor:
-    """Intersection over union of boxes that stand upright. Shapes broadcast as in `rotated_iou`.
+    """Intersection over union of boxes that stand upright. Shapes broadcast as in `rotated_iou_bev`.
 
     Args:
         a: (..., 7) x, y, z of the centre, length, width, height, yaw in radians about z. Sides below
@@ -53,10 +53,10 @@ def rotated_iou_3d(a: Tensor, b: Tensor) -> Tensor:
 
 
 def rotated_intersection(a: Tensor, b: Tensor) -> Tensor:
-    """Common area of rotated rectangles. Shapes broadcast as in `rotated_iou`.
+    """Common area of rotated rectangles. Shapes broadcast as in `rotated_iou_bev`.
 
     Args:
-        a: (..., 5), as in `rotated_iou`.
+        a: (..., 5), as in `rotated_iou_bev`.
         b: (..., 5), as `a`.
 
     Returns:

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from altermoma_pl.metrics import rotated_iou as module
-from altermoma_pl.metrics.rotated_iou import rotated_intersection, rotated_iou, rotated_iou_3d
+from altermoma_pl.metrics.rotated_iou import rotated_intersection, rotated_iou_3d, rotated_iou_bev
 
 UNIT = (0.0, 0.0, 1.0, 1.0, 0.0)
 
 
 def iou(a, b):
-    return rotated_iou(torch.tensor(a), torch.tensor(b)).item()
+    return rotated_iou_bev(torch.tensor(a), torch.tensor(b)).item()
 
 
 def polygons(boxes):
@@ -74,7 +74,7 @@ def test_unit_squares_at_45_degrees():
     turned = torch.tensor([0.0, 0.0, 1.0, 1.0, math.pi / 4], dtype=torch.float64)
     area = rotated_intersection(torch.tensor(UNIT), turned)
     assert area.item() == pytest.approx(0.8284, abs=1e-4)
-    assert rotated_iou(torch.tensor(UNIT), turned).item() == pytest.approx(0.7071, abs=1e-4)
+    assert rotated_iou_bev(torch.tensor(UNIT), turned).item() == pytest.approx(0.7071, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -90,23 +90,23 @@ def test_height_by_hand(z, height, expected):
 
 def test_matrix_by_broadcasting():
     a, b = (torch.tensor(boxes[:7]) for boxes in random_pairs(7))
-    matrix = rotated_iou(a[:, None], b[:5])
+    matrix = rotated_iou_bev(a[:, None], b[:5])
     assert matrix.shape == (7, 5)
     assert matrix.dtype == torch.float64
-    one_by_one = [[rotated_iou(x, y) for y in b[:5]] for x in a]
+    one_by_one = [[rotated_iou_bev(x, y) for y in b[:5]] for x in a]
     assert_close(matrix, torch.tensor(one_by_one, dtype=torch.float64))
 
 
 def test_no_boxes():
-    assert rotated_iou(torch.zeros(0, 1, 5), torch.zeros(3, 5)).shape == (0, 3)
+    assert rotated_iou_bev(torch.zeros(0, 1, 5), torch.zeros(3, 5)).shape == (0, 3)
     assert rotated_iou_3d(torch.zeros(2, 1, 7), torch.zeros(0, 7)).shape == (2, 0)
 
 
 def test_chunks_change_nothing(monkeypatch):
     a, b = map(torch.tensor, random_pairs(50))
-    at_once = rotated_iou(a, b)
+    at_once = rotated_iou_bev(a, b)
     monkeypatch.setattr(module, "_CHUNK", 7)
-    assert torch.equal(rotated_iou(a, b), at_once)
+    assert torch.equal(rotated_iou_bev(a, b), at_once)
 
 
 # Against shapely.
@@ -114,7 +114,7 @@ def test_chunks_change_nothing(monkeypatch):
 
 def test_random_pairs_equal_shapely():
     a, b = random_pairs(10_000)
-    found = rotated_iou(torch.tensor(a), torch.tensor(b)).numpy()
+    found = rotated_iou_bev(torch.tensor(a), torch.tensor(b)).numpy()
     assert np.mean(found > 0) > 0.4
     np.testing.assert_allclose(found, expected_iou(a, b), atol=1e-9)
 
@@ -144,7 +144,7 @@ def test_special_pairs_equal_shapely(special):
     a, b = random_pairs(1000, seed=1)
     other = special(a, b)
     for x, y in ((a, other), (other, a)):
-        found = rotated_iou(torch.tensor(x), torch.tensor(y)).numpy()
+        found = rotated_iou_bev(torch.tensor(x), torch.tensor(y)).numpy()
         # On a grid, because shapely in plain floats finds no area in 4 of the pairs that share sides.
         np.testing.assert_allclose(found, expected_iou(x, y, grid_size=1e-10), atol=1e-7, rtol=0)
 
@@ -154,7 +154,7 @@ def test_far_from_the_origin_in_float32():
     a[:, :2] += 1000
     b[:, :2] += 1000
     expected = expected_iou(a.double().numpy(), b.double().numpy())
-    np.testing.assert_allclose(rotated_iou(a, b).numpy(), expected, atol=1e-9)
+    np.testing.assert_allclose(rotated_iou_bev(a, b).numpy(), expected, atol=1e-9)
 
 
 def test_upright_boxes_equal_shapely_times_height():
@@ -185,23 +185,23 @@ rectangle = st.tuples(coordinate, coordinate, side, side, angle).map(
 @settings(max_examples=200, deadline=None)
 @given(a=rectangle, b=rectangle, shift=st.tuples(coordinate, coordinate), turn=angle)
 def test_invariants(a, b, shift, turn):
-    value = rotated_iou(a, b)
+    value = rotated_iou_bev(a, b)
     assert 0 <= value <= 1
-    assert_close(rotated_iou(b, a), value, atol=1e-9, rtol=0)
+    assert_close(rotated_iou_bev(b, a), value, atol=1e-9, rtol=0)
     half_turn = torch.tensor([0, 0, 0, 0, math.pi])
-    assert_close(rotated_iou(a + half_turn, b), value, atol=1e-6, rtol=0)
+    assert_close(rotated_iou_bev(a + half_turn, b), value, atol=1e-6, rtol=0)
     swapped = a[[0, 1, 3, 2, 4]] + half_turn / 2
-    assert_close(rotated_iou(swapped, b), value, atol=1e-6, rtol=0)
+    assert_close(rotated_iou_bev(swapped, b), value, atol=1e-6, rtol=0)
     cos, sin = math.cos(turn), math.sin(turn)
     rotation = torch.tensor([[cos, -sin], [sin, cos]], dtype=torch.float64)
     moved = [
         torch.cat([rotation @ box[:2] + torch.tensor(shift), box[2:4], box[4:] + turn]) for box in (a, b)
     ]
-    assert_close(rotated_iou(*moved), value, atol=1e-6, rtol=0)
+    assert_close(rotated_iou_bev(*moved), value, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(
-    ("function", "shapes"), [(rotated_iou, [(3, 5), (3, 7)]), (rotated_iou_3d, [(7,), (5,)])]
+    ("function", "shapes"), [(rotated_iou_bev, [(3, 5), (3, 7)]), (rotated_iou_3d, [(7,), (5,)])]
 )
 def test_refused_shapes(function, shapes):
     columns = shapes[0][-1]

@@ -319,16 +319,57 @@ def test_constants_of_geometry_stay_and_other_parameters_lose_their_sign():
 
 
 def test_tensors_changed_in_place_keep_their_type_and_content():
-    buffer = torch.zeros(3)
+    buffer, outside = torch.zeros(3), torch.ones(1)
     with Linearized():
         grown = torch.zeros(3)
         grown[1] = torch.tensor(2.0)
         grown += torch.ones(3)
         buffer.add_(grown)
         buffer[0] = grown[1]
+        grown.index_add_(0, torch.tensor([2]), outside)
     assert grown.dtype == torch.float64
     assert buffer.dtype == torch.float32
     assert buffer.tolist() == [3.0, 3.0, 1.0]
+
+
+def test_casts_of_user_code_lose_nothing():
+    flow = torch.tensor([1e300, 1.0 + 1e-12], dtype=torch.float64, requires_grad=True)
+    with Linearized():
+        casts = [flow.float(), flow.half(), flow.to(torch.bfloat16), flow.type_as(torch.ones(1))]
+        assert all(torch.equal(each, flow) for each in casts)
+        assert flow.to(torch.int64)[1].tolist() == 1
+        assert torch.ones(1).float().dtype == torch.float64
+
+
+def test_losses_that_refuse_what_is_no_probability_pass():
+    flow = torch.tensor([5.0, 7.0], requires_grad=True)
+    target = torch.tensor([0.0, 1.0])
+    with Linearized():
+        assert functional.binary_cross_entropy(flow, target) == 6
+        assert functional.binary_cross_entropy(flow, target, reduction="none").shape == (2,)
+
+
+def test_a_head_that_is_cut_off_leaves_the_others_alone():
+    net = made(Pyramid(), IMAGE, detection_loss)
+    masks = Masks.dense(net.weights)
+    masks["heat.weight"][:] = False
+    total, flow = SynFlow().flow(net, masks)
+    assert total == pytest.approx(2)
+    assert all(bool(torch.isfinite(f).all()) for f in flow.values())
+
+
+def test_what_the_loss_draws_at_random_is_drawn_the_same_in_each_round():
+    def loss_fn(model, batch):
+        image, points = batch
+        seen.append(torch.rand(4, 1, 1))
+        return detection_loss(model, (image, points))
+
+    seen = []
+    for seed in (1, 2):  # that of the process does not matter
+        torch.manual_seed(seed)
+        SynFlow(num_iterations=2).score(made(Pyramid(), IMAGE, loss_fn))
+    assert len(seen) == 6
+    assert all(torch.equal(each, seen[0]) for each in seen)
 
 
 def test_no_layer_to_score_is_an_error():

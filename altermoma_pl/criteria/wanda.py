@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,11 +48,10 @@ class Wanda(Criterion):
         model, weights = calibration.model, calibration.weights
         owners = _owners(calibration)
         squares = accumulators(weights)
-        with noise_free(model), restored(model), ExitStack() as hooks:
+        with noise_free(model), restored(model):  # without the hooks
             for name, layers in owners.items():
                 for layer in layers:
-                    hook = _adder(squares[name])
-                    hooks.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
+                    layer.register_forward_hook(_adder(squares[name]), with_kwargs=True)
             mean_loss(calibration, self.num_probe_batches, "inputs")
         return {name: weights[name].detach().abs() * total.sqrt() for name, total in squares.items()}
 

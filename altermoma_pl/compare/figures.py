@@ -79,7 +79,8 @@ def beta_family(summary: Summary) -> list[tuple[float, str]]:
         if isinstance(criterion, AlterEva) and not isinstance(criterion.beta, str):
             kind = repr(replace(method, criterion=replace(criterion, beta=0.0)))
             families.setdefault(kind, []).append((criterion.beta / criterion.alpha, name))
-    return sorted(max(families.values(), key=len)) if families else []
+    ordered = sorted(families.values(), key=lambda family: -len(family))
+    return sorted(ordered[0]) if ordered else []
 
 
 def over_beta(summary: Summary, metric: str) -> Figure:

@@ -30,6 +30,8 @@ class Fusion(Benchmark):
         image_size: Height and width of the images, multiples of 16.
         extent: Metres from the car forward, and half as many to each side.
         cell: Metres of a cell of the bird's-eye view.
+        beams: Rows of the LiDAR. Few, so that it leaves something for the camera to add.
+        columns: Rays of a row.
         num_train: Training frames.
         num_val: Validation frames.
         num_calibration: Frames to score on.
@@ -48,12 +50,14 @@ class Fusion(Benchmark):
     image_size: tuple[int, int] = (48, 160)
     extent: float = 24.0
     cell: float = 1.0
+    beams: int = 12
+    columns: int = 96
     num_train: int = 512
     num_val: int = 96
     num_calibration: int = 64
     batch_size: int = 4
-    camera_epochs: int = 7
-    lidar_epochs: int = 6
+    camera_epochs: int = 8
+    lidar_epochs: int = 10
     fusion_epochs: int = 5
     pruning_batches: int = 40
     learning_rate: float = 3e-3
@@ -119,7 +123,7 @@ class Fusion(Benchmark):
             cache_dir=self.cache_dir,
             grid=grid,
             eval_batch_size=32,
-            options=SceneOptions(vivid=True, fault_share=0.2, beams=32, columns=112),
+            options=SceneOptions(vivid=True, fault_share=0.2, beams=self.beams, columns=self.columns),
         )
         data.prepare_data()
         data.setup()

@@ -23,10 +23,13 @@ from tests.models import (
 
 ORACLE = ORACLES["alter_moma"]
 D = oracle_batches()
-LITERAL = AlterEva(
+# Every weight by itself, and DeCI leads: what the equations of the paper are about.
+PLAIN = AlterEva(alpha=1.0, beta=1.0, magnitude_share=0.0, redundancy_level="weight")
+SUBTRACT = dataclasses.replace(PLAIN, combination="subtract")
+LITERAL = dataclasses.replace(
+    SUBTRACT,
     estimator="difference",
     reduction="abs_of_mean",
-    combination="subtract",
     normalization="sum",
     num_probe_batches=1,
     learning_rate=0.01,
@@ -115,7 +118,7 @@ def test_the_second_step_of_iterative_pruning():
 
 
 SIZES = {"camera": 280_000, "lidar": 80_000, "fusion": 50_000}  # 28M, 8M, 5M parameters, scaled
-BY_SUM = AlterEva(combination="subtract", normalization="sum")
+BY_SUM = dataclasses.replace(SUBTRACT, normalization="sum")
 
 
 def exponential(p):
@@ -149,7 +152,7 @@ def check_shares(scores, row, sparsity):
 @covers("group_size_effect")
 def test_sums_favour_small_groups_and_means_do_not(shape):
     deci = {name: QUANTILES[shape](grid(size)) for name, size in SIZES.items()}
-    components = Components(deci, {"camera": deci, "lidar": deci}, {name: name for name in deci}, {})
+    components = Components(deci, {"camera": deci, "lidar": deci}, {name: name for name in deci}, {}, deci)
     by_sum = dataclasses.replace(BY_SUM, beta=0.0).combine(components)
     by_mean = dataclasses.replace(BY_SUM, beta=0.0, normalization="mean").combine(components)
     for sparsity, row in TABLE[shape].items():
@@ -164,7 +167,7 @@ def test_sums_favour_small_groups_of_differences_too():
     deci = {name: exponential(grid(size)) for name, size in SIZES.items()}
     other = {name: exponential((i * golden).frac()) for name, i in index.items()}
     reri = {m: {n: r for n, r in other.items() if n != m} for m in ("camera", "lidar")}
-    scores = BY_SUM.combine(Components(deci, reri, {name: name for name in deci}, {}))
+    scores = BY_SUM.combine(Components(deci, reri, {name: name for name in deci}, {}, deci))
     assert {shape for shape in TABLE if shape not in QUANTILES} == {"alpha=beta_laplace(DeCI,ReRI iid exp)"}
     for sparsity, row in TABLE["alpha=beta_laplace(DeCI,ReRI iid exp)"].items():
         check_shares(scores, row, sparsity)
@@ -227,10 +230,12 @@ def test_estimators_by_hand(estimator, expected):
     assert components.losses["without_lidar_reactivated"] == pytest.approx((0.52**2 + 2.04**2) / 4, rel=1e-12)
 
 
-def components_of(deci, reri, group_of=None):
+def components_of(deci, reri, group_of=None, magnitude=None):
+    """Where the magnitude is not given it equals DeCI, and so does any geometric mean of the two."""
     deci = {name: torch.tensor(v) for name, v in deci.items()}
     reri = {m: {name: torch.tensor(v) for name, v in own.items()} for m, own in reri.items()}
-    return Components(deci, reri, group_of or {name: name for name in deci}, {})
+    magnitude = {name: torch.tensor(v) for name, v in magnitude.items()} if magnitude else deci
+    return Components(deci, reri, group_of or {name: name for name in deci}, {}, magnitude)
 
 
 TWO = components_of(
@@ -243,33 +248,72 @@ TWO = components_of(
 
 
 def test_discount_by_hand():
-    # Camera: mean D 4/3, d = (.75, 2.25, 0); mean R 4/3, r = (3, 0, 0); D * d / (d + r), 0 / 0 -> 0.
-    scores = AlterEva().combine(TWO)
-    close(scores["camera"], [1 * 0.75 / 3.75, 3.0, 0.0], rtol=1e-6)
+    # Camera: mean D 4/3, d = (.75, 2.25, 0); mean R 4/3, r = (3, 0, 0); D * min(1, d / r).
+    scores = PLAIN.combine(TWO)
+    close(scores["camera"], [1 * 0.75 / 3, 3.0, 0.0], rtol=1e-6)
     # Shared: d = (1, 1); r = mean of (.5, 1.5) and (0, 2) = (.25, 1.75).
-    close(scores["shared"], [1 / 1.25, 1 / 2.75], rtol=1e-6)
-    close(AlterEva(alpha=2.0, beta=0.5).combine(TWO)["shared"], [2 / 2.125, 2 / 2.875], rtol=1e-6)
+    close(scores["shared"], [1.0, 1 / 1.75], rtol=1e-6)
+    tolerant = dataclasses.replace(PLAIN, alpha=1.5, beta=2.0).combine(TWO)
+    close(tolerant["shared"], [1.0, (1.5 / 1.75) ** 2], rtol=1e-6)
+    protecting = dataclasses.replace(PLAIN, beta=-1.0).combine(TWO)
+    close(protecting["shared"], [1.0, 1.75], rtol=1e-6)
+
+
+def test_redundancy_of_whole_tensors_by_hand():
+    # Camera: mean D 2, d = .5 and 1.5; mean R 4, r = 1.5 and .5 in the mean over each tensor.
+    groups = {"a": "camera", "b": "camera", "lidar": "lidar"}
+    deci = {"a": [1.0, 1.0], "b": [2.0, 4.0], "lidar": [1.0]}
+    reri = {"lidar": {"a": [4.0, 8.0], "b": [0.0, 4.0]}, "camera": {"lidar": [1.0]}}
+    components = components_of(deci, reri, groups)
+    tensors = AlterEva(alpha=1.5, beta=3.0)
+    close(tensors.combine(components)["a"], [(1.5 * 0.5 / 1.5) ** 3] * 2, rtol=1e-6)
+    close(tensors.combine(components)["b"], [2.0, 4.0], rtol=1e-6)
+    # With the first weight of "a" pruned: mean D 7/3 and R 12/3 of three; d = 3/7, r = 1 of the other two.
+    masks = Masks({name: torch.ones_like(d, dtype=torch.bool) for name, d in components.deci.items()})
+    masks["a"][0] = False
+    pruned = components_of(
+        deci | {"a": [0.0, 1.0]}, {**reri, "lidar": {"a": [0.0, 8.0], "b": [0.0, 4.0]}}, groups
+    )
+    expected = (1.5 * (1 / (7 / 3)) / (8 / 4)) ** 3
+    close(tensors.combine(pruned, masks)["a"], [-torch.inf, expected], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, 4.0), (0.5, 6.0), (1.0, 9.0)])
+def test_what_leads_by_hand(share, expected):
+    nothing = {"lidar": {"camera": [1.0]}, "camera": {"lidar": [1.0]}}
+    deci, magnitude = {"camera": [4.0], "lidar": [4.0]}, {"camera": [9.0], "lidar": [9.0]}
+    scores = AlterEva(magnitude_share=share).combine(components_of(deci, nothing, magnitude=magnitude))
+    close(scores["camera"], [expected], rtol=1e-6)
+
+
+def test_magnitudes_are_measured():
+    made = calibration()
+    magnitude = SMALL.components(made).magnitude
+    assert all(torch.equal(magnitude[name], w.detach().abs()) for name, w in made.weights.items())
 
 
 def test_subtraction_by_hand():
-    scores = AlterEva(alpha=2.0, beta=0.5, combination="subtract", normalization="sum").combine(TWO)
+    scores = dataclasses.replace(SUBTRACT, alpha=2.0, beta=0.5, normalization="sum").combine(TWO)
     close(scores["camera"], [2 / 4 - 0.5, 2 * 3 / 4, 0.0], rtol=1e-6)
     close(scores["shared"], [1 - 0.25 * (1 / 4 + 0), 1 - 0.25 * (3 / 4 + 1)], rtol=1e-6)
-    negative = AlterEva(beta=-1.0, combination="subtract", normalization="none").combine(TWO)
+    negative = dataclasses.replace(SUBTRACT, beta=-1.0, normalization="none").combine(TWO)
     close(negative["lidar"], [7.0])
 
 
 def test_sums_and_means_run_over_live_weights_and_pruned_ones_score_minus_infinity():
     masks = Masks({n: torch.ones_like(d, dtype=torch.bool) for n, d in TWO.deci.items()})
     masks["camera"][2] = False
-    scores = AlterEva(beta=0.0, combination="subtract", normalization="mean").combine(TWO, masks)
+    criterion = dataclasses.replace(SUBTRACT, beta=0.0, normalization="mean")
+    scores = criterion.combine(TWO, masks)
     assert scores["camera"].tolist() == [0.5, 1.5, -torch.inf]
 
 
 def test_beta_zero_is_the_order_of_deci():
     made = calibration()
     for combination in ("subtract", "discount"):
-        criterion = dataclasses.replace(SMALL, beta=0.0, alpha=2.0, combination=combination)
+        criterion = dataclasses.replace(
+            SMALL, beta=0.0, alpha=2.0, magnitude_share=0.0, combination=combination
+        )
         components = criterion.components(made)
         factor = 2.0 if combination == "subtract" else 1.0
         for name, score in criterion.combine(components).items():
@@ -296,7 +340,9 @@ def test_components_survive_a_file(tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert (loaded.group_of, loaded.losses) == (components.group_of, components.losses)
     assert {field.name for field in dataclasses.fields(Components)} == components.state_dict().keys()
-    message = "state of components must hold ['deci', 'group_of', 'losses', 'reri'], got ['deci']"
+    message = (
+        "state of components must hold ['deci', 'group_of', 'losses', 'magnitude', 'reri'], got ['deci']"
+    )
     with pytest.raises(ValueError, match=re.escape(message)):
         Components.from_state_dict({"deci": {}})
 
@@ -306,7 +352,7 @@ def test_three_modalities_share_beta():
     reri = {m: {n: [1.0, 0.0] for n in (*names, "shared") if n != m} for m in names}
     reri["radar"]["shared"] = reri["radar"]["camera"] = [0.0, 1.0]
     components = components_of({n: [1.0, 1.0] for n in (*names, "shared")}, reri)
-    criterion = AlterEva(beta=6.0, combination="subtract", normalization="sum")
+    criterion = dataclasses.replace(SUBTRACT, beta=6.0, normalization="sum")
     scores = criterion.combine(components)
     close(scores["camera"], [0.5 - 6 / 2, 0.5 - 6 / 2])  # beta / (M - 1) each
     close(scores["lidar"], [0.5 - 6, 0.5])
@@ -414,7 +460,7 @@ def test_the_preset_is_literal():
     assert (paper.alpha, paper.beta, paper.num_probe_batches, paper.learning_rate) == (1.0, 1.0, 1, 1e-4)
     assert (paper.estimator, paper.combination, paper.normalization) == ("difference", "subtract", "sum")
     assert (paper.optimizer, paper.noise, paper.second_probe) == ("adam", "as_is", "fresh")
-    assert paper.gradient_clip is None
+    assert (paper.gradient_clip, paper.magnitude_share, paper.redundancy_level) == (None, 0.0, "weight")
 
 
 def test_a_group_that_the_loss_ignores_is_an_error():
@@ -446,11 +492,9 @@ def test_a_group_that_the_loss_ignores_is_an_error():
         ({"alpha": float("nan")}, "alpha must be finite, got nan"),
         ({"beta": float("-inf")}, "beta must be finite, got -inf"),
         ({"gradient_clip": 0}, "gradient_clip must be positive or None, got 0"),
-        (
-            {"beta": -1.0},
-            "the combination 'discount' needs alpha > 0 and beta >= 0, got alpha=1.0, beta=-1.0;",
-        ),
-        ({"alpha": 0.0}, "the combination 'discount' needs alpha > 0 and beta >= 0, got alpha=0.0, beta=1.0"),
+        ({"alpha": 0.0}, "the combination 'discount' needs alpha > 0, got alpha=0.0"),
+        ({"magnitude_share": 1.5}, "magnitude_share must be in [0, 1], got 1.5"),
+        ({"redundancy_level": "x"}, "redundancy_level must be one of ['weight', 'tensor'], got 'x'"),
         (
             {"second_probe": "fresh", "estimator": "batch_difference"},
             "the estimator 'batch_difference' compares the same batches: second_probe must be 'same'",

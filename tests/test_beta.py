@@ -34,7 +34,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_p
 #   2           3   -8           5 -16         lidar 1
 D = {"camera.weight": [[3.0, 4.0]], "lidar.weight": [[5.0, 6.0]]}
 R = {"lidar": {"camera.weight": [[0.0, 6.0]]}, "camera": {"lidar.weight": [[0.0, 11.0]]}}
-SUBTRACT = AlterEva(beta="auto", combination="subtract", num_probe_batches=2)
+SUBTRACT = AlterEva(
+    alpha=1.0,
+    beta="auto",
+    magnitude_share=0.0,
+    combination="subtract",
+    redundancy_level="weight",
+    num_probe_batches=2,
+)
 
 
 class Four(nn.Module):
@@ -49,6 +56,7 @@ def components():
         {m: {name: torch.tensor(value) for name, value in own.items()} for m, own in R.items()},
         {"camera.weight": "camera", "lidar.weight": "lidar"},
         {},
+        {name: torch.tensor(value) for name, value in D.items()},
     )
 
 
@@ -100,7 +108,7 @@ def test_candidates_begin_with_zero_and_grow(combination):
     candidates = CANDIDATES[combination]
     assert candidates[0] == 0
     assert sorted(set(candidates)) == list(candidates)
-    named = "0, 0.5, 1, 2, 4" if combination == "discount" else "0, 0.25, 0.5, 1, 2"
+    named = "0, 1, 2, 3, 4" if combination == "discount" else "0, 0.25, 0.5, 1, 2"
     assert ", ".join(f"{beta:g}" for beta in candidates) == named
     assert named in " ".join(AlterEva.__doc__.split())
 
@@ -115,7 +123,7 @@ def test_the_criterions_own_beta_does_not_matter():
 SMALL = {"num_probe_batches": 3, "num_reactivation_steps": 4, "learning_rate": 0.05}
 CRITERIA = {
     "discount": AlterEva(beta="auto", **SMALL),
-    "subtract": AlterEva(beta="auto", combination="subtract", normalization="mean", **SMALL),
+    "subtract": dataclasses.replace(SUBTRACT, normalization="mean", **SMALL),
 }
 every_criterion = pytest.mark.parametrize("criterion", CRITERIA.values(), ids=CRITERIA)
 
@@ -208,9 +216,7 @@ def test_progress_is_told():
     measured = criterion.components(made)
     told.clear()
     choose_beta(criterion, measured, made, half)
-    assert [phase for phase, done, _ in told if done == 0] == [
-        f"beta {b}" for b in ("0", "0.5", "1", "2", "4")
-    ]
+    assert [phase for phase, done, _ in told if done == 0] == [f"beta {b}" for b in ("0", "1", "2", "3", "4")]
 
 
 # The option.
@@ -235,7 +241,7 @@ def test_another_word_is_refused():
 
 
 def test_auto_does_not_excuse_alpha():
-    with pytest.raises(ValueError, match=re.escape("got alpha=-1.0, beta=auto")):
+    with pytest.raises(ValueError, match=re.escape("got alpha=-1.0")):
         AlterEva(alpha=-1.0, beta="auto")
     with pytest.raises(ValueError, match="alpha must be finite, got nan"):
         AlterEva(alpha=math.nan, beta="auto")
@@ -252,7 +258,7 @@ def test_events_record_what_was_chosen(schedule, tmp_path, capsys):
     assert len(callback.events) == 3
     printed = " ".join(capsys.readouterr().out.split())
     for event in callback.events:
-        assert list(event["beta_losses"]) == ["0", "0.5", "1", "2", "4"]
+        assert list(event["beta_losses"]) == ["0", "1", "2", "3", "4"]
         assert event["beta_losses"][f"{event['beta']:g}"] == min(event["beta_losses"].values())
         assert f", beta {event['beta']:g}: sparsity {event['sparsity']:.4f}" in printed
     assert json.loads(json.dumps(callback.events)) == callback.events

@@ -24,7 +24,7 @@ def components() -> Components:
         "camera": {name: 2 * deci[name] for name in ("lidar.weight", "head.weight")},
         "lidar": {name: 3 * deci[name] for name in ("camera.weight", "camera.late.weight", "head.weight")},
     }
-    return Components(deci, reri, {name: GROUP_OF[name] for name in MASKS}, {})
+    return Components(deci, reri, {name: GROUP_OF[name] for name in MASKS}, {}, deci)
 
 
 def labelled(figure: Any) -> Any:
@@ -112,7 +112,7 @@ def test_a_large_model_is_sampled():
     masks = Masks({name: torch.ones(9000, dtype=torch.bool) for name in GROUP_OF})
     value = {name: torch.rand(9000, generator=torch.Generator().manual_seed(1)) + 0.1 for name in GROUP_OF}
     axes = figures.importance_against_redundancy(
-        Components(value, {"camera": value}, GROUP_OF, {}), masks
+        Components(value, {"camera": value}, GROUP_OF, {}, value), masks
     ).axes[0]
     assert sum(len(each.get_offsets()) for each in axes.collections) == 3 * (4000 // 3)
 

@@ -12,7 +12,7 @@ LAYERS = [  # lowest first; a file of a folder that is not named belongs to its 
     {"modality", "masks", "schedules", "distributed", "metrics"},
     {"contexts", "sparsity"},
     {"criteria.base", "criteria.components", "criteria.options", "criteria.graph"},
-    {"criteria.simple", "criteria.reactivation", "criteria.linearized"},
+    {"criteria.simple", "criteria.reactivation", "criteria.linearized", "criteria.combination"},
     {"criteria.altereva", "criteria.gradient", "criteria.curvature", "criteria.synflow", "criteria.wanda"},
     {"criteria.grasp", "criteria.prospr", "criteria.beta"},
     {"criteria"},

@@ -7,7 +7,6 @@ Alternative Modality Masking", NeurIPS 2024, arXiv 2409.17728. Equation numbers 
 from __future__ import annotations
 
 import math
-import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -17,12 +16,15 @@ from torch import Tensor
 
 from altermoma_pl.contexts import deactivated, noise_free, restored
 from altermoma_pl.criteria.base import Calibration, Criterion, Scores
-from altermoma_pl.criteria.components import (
-    Components,
+from altermoma_pl.criteria.combination import (
     Normalization,
     check_contribution,
-    group_divisors,
+    divided_by_group,
+    leading,
+    redundancy,
+    tensor_means,
 )
+from altermoma_pl.criteria.components import Components
 from altermoma_pl.criteria.options import check_options
 from altermoma_pl.criteria.reactivation import (
     Gradients,
@@ -34,6 +36,8 @@ from altermoma_pl.criteria.reactivation import (
 from altermoma_pl.masks import Masks
 from altermoma_pl.modality import SHARED
 
+_SMALLEST_RATIO = 1e-6  # a negative exponent must not make scores infinite
+
 
 @dataclass(frozen=True)
 class AlterEva(Criterion):
@@ -42,24 +46,31 @@ class AlterEva(Criterion):
     DeCI is |theta * g| with all modalities active. For ReRI one modality at a time is deactivated,
     the rest is trained for a few steps ("reactivation"), and what changes in the gradients of the rest
     is what the deactivated modality had made redundant. `AlterEva.paper()` is the published algorithm
-    to the letter; the defaults differ from it: many probe batches instead of one, and ReRI is the
-    importance after reactivation and discounts DeCI instead of being subtracted.
+    to the letter; the defaults are what did best in `examples/RESULTS.md`: many probe batches instead
+    of one; the geometric mean of DeCI and the weight's magnitude leads; ReRI is the importance after
+    reactivation, judged by whole tensors; where it exceeds DeCI by half, relative to their means over
+    the group, it discounts the leading score instead of being subtracted from it.
 
     Args:
-        alpha: Weight of DeCI.
-        beta: Weight of ReRI, shared equally between the deactivations. With "subtract" a negative
-            value protects redundancy instead of removing it. "auto": in every event the one of 0, 0.5,
-            1, 2, 4 (with "subtract" 0, 0.25, 0.5, 1, 2) with which the pruned model has the lowest loss
-            on the probe batches, see `choose_beta`.
+        alpha: Weight of DeCI. With "discount" it is a tolerance: how far ReRI may exceed DeCI, both relative
+            to their means over the group, before it counts as redundancy.
+        beta: Weight of ReRI, shared equally between the deactivations; with "discount" an exponent. A
+            negative value protects redundancy instead of removing it. "auto": in every event the one of
+            0, 1, 2, 3, 4 (with "subtract" 0, 0.25, 0.5, 1, 2) with which the pruned model has the lowest
+            loss on the probe batches, see `choose_beta`.
         estimator: What ReRI is, with g and g' the gradients of one probe batch before and after
             reactivation: "difference", the paper's |theta * mean(g - g')|; "batch_difference",
             mean |theta * (g - g')|; "reactivated", mean |theta * g'|, the importance after it.
         reduction: DeCI over probe batches: "mean_of_abs", mean |theta * g|, or "abs_of_mean",
             |theta * mean g|.
-        combination: "subtract", alpha D - beta R as published, or "discount",
-            D * alpha d / (alpha d + beta r) with d and r divided by their means over the group: keeps
-            the order of D where there is no redundancy and never goes negative.
-        normalization: What D (and with "subtract" R) is divided by in each group: the "mean" or the
+        magnitude_share: Exponent s of the leading score L = D^(1 - s) |theta|^s: 0 for DeCI itself, 1/2 for
+            |theta| sqrt(mean |g|), 1 for the magnitude.
+        combination: "subtract", alpha L - beta R, as published with L = D, or "discount",
+            L * min(1, alpha d / r)^beta with d and r, D and R, divided by their means over the group: keeps
+            the order of L where nothing is redundant and never goes negative.
+        redundancy_level: Whether redundancy, and what it is compared with, is that of each "weight" or the
+            mean over its "tensor", which is less noisy.
+        normalization: What L (and with "subtract" R) is divided by in each group: the "mean" or the
             "sum" over its live weights, or "none". The sum favours small groups.
         num_probe_batches: Held-out batches for gradients, K.
         num_reactivation_steps: Training batches for reactivation, B, one step each.
@@ -74,15 +85,17 @@ class AlterEva(Criterion):
         ValueError: If a value is outside what is described.
     """
 
-    alpha: float = 1.0
-    beta: float | Literal["auto"] = 1.0
+    alpha: float = 1.5
+    beta: float | Literal["auto"] = 3.0
     estimator: Literal["difference", "batch_difference", "reactivated"] = "reactivated"
     reduction: Literal["mean_of_abs", "abs_of_mean"] = "mean_of_abs"
+    magnitude_share: float = 0.5
     combination: Literal["subtract", "discount"] = "discount"
+    redundancy_level: Literal["weight", "tensor"] = "tensor"
     normalization: Normalization = "none"
     num_probe_batches: int = 64
     num_reactivation_steps: int = 100
-    learning_rate: float = 1e-4
+    learning_rate: float = 3e-4
     optimizer: Literal["sgd", "adam"] = "adam"
     gradient_clip: float | None = None
     noise: Literal["suppressed", "as_is"] = "suppressed"  # not "off": YAML reads that as false
@@ -93,17 +106,15 @@ class AlterEva(Criterion):
             raise ValueError(f"beta must be a number or 'auto', got {self.beta!r}")
         least = {"alpha": -math.inf} if self.beta == "auto" else {"alpha": -math.inf, "beta": -math.inf}
         check_options(self, **least, num_probe_batches=1, num_reactivation_steps=0, learning_rate=0)
+        if not 0 <= self.magnitude_share <= 1:
+            raise ValueError(f"magnitude_share must be in [0, 1], got {self.magnitude_share}")
         if self.gradient_clip is not None and not self.gradient_clip > 0:
             raise ValueError(f"gradient_clip must be positive or None, got {self.gradient_clip}")
         self._check_together()
 
     def _check_together(self) -> None:
-        positive = self.alpha > 0 and (self.beta == "auto" or self.beta >= 0)
-        if self.combination == "discount" and not positive:
-            raise ValueError(
-                f"the combination 'discount' needs alpha > 0 and beta >= 0, got alpha={self.alpha}, "
-                f"beta={self.beta}; a negative beta needs 'subtract'"
-            )
+        if self.combination == "discount" and not self.alpha > 0:
+            raise ValueError(f"the combination 'discount' needs alpha > 0, got alpha={self.alpha}")
         if self.second_probe == "fresh" and self.estimator == "batch_difference":
             raise ValueError(
                 "the estimator 'batch_difference' compares the same batches: second_probe must be 'same'"
@@ -116,8 +127,12 @@ class AlterEva(Criterion):
         The first probe batch is D, the second, fresh one is D_B. The number of steps is not published.
         """
         return cls(
+            alpha=1.0,
+            beta=1.0,
             estimator="difference",
+            magnitude_share=0.0,
             combination="subtract",
+            redundancy_level="weight",
             normalization="sum",
             num_probe_batches=1,
             learning_rate=1e-4,
@@ -162,7 +177,8 @@ class AlterEva(Criterion):
                 losses[f"without_{modality}_reactivated"] = after
                 reset()
                 reri[modality] = _times_weight(change, calibration)
-        return Components(deci, reri, dict(calibration.group_of), losses)
+            magnitude = {name: w.detach().abs() for name, w in calibration.weights.items()}
+        return Components(deci, reri, dict(calibration.group_of), losses, magnitude)
 
     def combine(self, components: Components, masks: Masks | None = None) -> Scores:
         """S_i from stored components, with this object's alpha, beta, combination and normalisation.
@@ -179,22 +195,29 @@ class AlterEva(Criterion):
         """
         beta = self._fixed_beta()
         check_contribution(components, masks)
-        redundancy = self._redundancy(components, masks)
-        lead = group_divisors(components.deci, components.group_of, self.normalization, masks)
-        means = group_divisors(components.deci, components.group_of, "mean", masks)
-        scores = {}
-        for name, deci in components.deci.items():
-            group, r = components.group_of[name], redundancy[name]
-            score = deci / (lead[group] or 1.0)
-            if self.combination == "subtract":
-                score = self.alpha * score - beta * r
-            else:
-                d = self.alpha * deci / (means[group] or 1.0)
-                score = score * torch.nan_to_num(d / (d + beta * r), nan=0.0)  # 0 / 0: D is 0
-            scores[name] = (
-                score if masks is None else score.masked_fill(~masks[name].to(score.device), -torch.inf)
-            )
-        return scores
+        group_of = components.group_of
+        first = leading(components, self.magnitude_share)
+        lead = divided_by_group(first, group_of, self.normalization, masks)
+        if self.combination == "subtract":
+            r = self._at_level(redundancy(components, self.normalization, masks), masks)
+            scores = {name: self.alpha * each - beta * r[name] for name, each in lead.items()}
+        else:
+            share = self._discount(components, beta, masks)
+            scores = {name: each * share[name] for name, each in lead.items()}
+        if masks is None:
+            return scores
+        return {name: s.masked_fill(~masks[name].to(s.device), -torch.inf) for name, s in scores.items()}
+
+    def _discount(self, components: Components, beta: float, masks: Masks | None) -> Scores:
+        """The share min(1, alpha d / r)^beta."""
+        d = self._at_level(divided_by_group(components.deci, components.group_of, "mean", masks), masks)
+        r = self._at_level(redundancy(components, "mean", masks), masks)
+        # Where r is 0 nothing is redundant, also where d is 0.
+        ratio = {name: torch.where(r[name] > 0, self.alpha * d[name] / r[name], 1.0) for name in d}
+        return {name: each.clamp(_SMALLEST_RATIO, 1) ** beta for name, each in ratio.items()}
+
+    def _at_level(self, values: Scores, masks: Masks | None) -> Scores:
+        return tensor_means(values, masks) if self.redundancy_level == "tensor" else values
 
     def _fixed_beta(self) -> float:
         if self.beta == "auto":
@@ -228,24 +251,6 @@ class AlterEva(Criterion):
         phase = f"{label}, reactivated"
         after, change = mean_gradients(calibration, others, count, phase, skip, absolute=True)
         return before, after, change
-
-    def _redundancy(self, components: Components, masks: Masks | None) -> dict[str, Tensor]:
-        """The mean over deactivations of R_i, normalised within the group."""
-        normalization = "mean" if self.combination == "discount" else self.normalization
-        parts: dict[str, list[Tensor]] = {name: [] for name in components.deci}
-        for modality, reri in components.reri.items():
-            divisors = group_divisors(reri, components.group_of, normalization, masks)
-            totals = group_divisors(reri, components.group_of, "sum", masks)
-            for group, total in totals.items():
-                if total == 0:
-                    warnings.warn(
-                        f"ReRI of the group {group!r} with {modality!r} deactivated is 0: "
-                        f"nothing is redundant there, or nothing was reactivated",
-                        stacklevel=3,
-                    )
-            for name, r in reri.items():
-                parts[name].append(r / (divisors[components.group_of[name]] or 1.0))
-        return {name: torch.stack(each).mean(0) for name, each in parts.items()}
 
 
 def _times_weight(gradients: Gradients, calibration: Calibration) -> dict[str, Tensor]:

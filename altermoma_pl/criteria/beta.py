@@ -18,9 +18,9 @@ from altermoma_pl.masks import Masks
 MakeMasks = Callable[[Scores], Masks]
 """From scores to what stays, for example `top_k` with a sparsity."""
 
-# A discount keeps the order of D where there is no redundancy and stands a large beta; a subtraction
+# A discount keeps the order where there is no redundancy and stands a large beta; a subtraction
 # lowers important weights too, and the paper's ablation ends at 2.
-CANDIDATES = {"discount": (0.0, 0.5, 1.0, 2.0, 4.0), "subtract": (0.0, 0.25, 0.5, 1.0, 2.0)}
+CANDIDATES = {"discount": (0.0, 1.0, 2.0, 3.0, 4.0), "subtract": (0.0, 0.25, 0.5, 1.0, 2.0)}
 
 
 def choose_beta(

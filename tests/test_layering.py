@@ -22,7 +22,8 @@ LAYERS = [  # lowest first; a file of a folder that is not named belongs to its 
     {"compare.benchmark", "compare.statistics", "compare.workers"},
     {"compare.grid", "compare.progress"},
     {"compare.summary"},
-    {"compare.figures", "compare.runner"},
+    {"compare.figures"},
+    {"compare.runner"},
     {"compare"},
     {""},  # altermoma_pl itself
     {"cli"},

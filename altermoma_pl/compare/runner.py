@@ -11,8 +11,10 @@ from typing import Any
 
 from rich.console import Console
 
+import altermoma_pl.figures as figures
 from altermoma_pl.callback import AlterMOMACallback
 from altermoma_pl.compare.benchmark import Benchmark, Method, Values
+from altermoma_pl.compare.figures import draw
 from altermoma_pl.compare.grid import Cell, Grid, Store, parse_shard, write_whole
 from altermoma_pl.compare.progress import Watch
 from altermoma_pl.compare.summary import Summary
@@ -85,8 +87,10 @@ def compare(
         return None
     summary = Summary.of(grid, store, reference)
     summary.save(store.root)
+    if figures.available():
+        figures.save(draw(summary), store.root / "figures")
     summary.print()
-    console.print(f"Tables, csv, json and figures are in {store.root}", markup=False)
+    console.print(f"Tables and figures are in {store.root}", markup=False)
     return summary
 
 

@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-import altermoma_pl.figures as plotting
 from altermoma_pl.compare.benchmark import Values
 from altermoma_pl.compare.grid import Cell, Grid, Store, write_whole
 from altermoma_pl.compare.statistics import Estimate, paired_difference
@@ -157,17 +156,13 @@ class Summary:
             console.print(sheet.rich())
 
     def save(self, folder: Path) -> None:
-        """Write tables.{md,tex}, results.csv, summary.json, cost.md and, with matplotlib, figures."""
+        """Write tables.{md,tex}, results.csv, summary.json and cost.md."""
         sheets = self.sheets()
         write_whole(folder / "tables.md", "\n".join(sheet.markdown() for sheet in sheets))
         write_whole(folder / "tables.tex", "\n".join(sheet.latex() for sheet in sheets))
         write_whole(folder / "cost.md", self.cost_sheet().markdown())
         write_whole(folder / "results.csv", self.to_csv())
         write_whole(folder / "summary.json", self.to_json())
-        if plotting.available():
-            from altermoma_pl.compare.figures import draw
-
-            plotting.save(draw(self), folder / "figures")
 
     def to_csv(self) -> str:
         """One line for each number: method, sparsity, seed, name, value; times left out."""
@@ -243,7 +238,7 @@ def _percent(sparsity: float) -> str:
 
 
 def _cell(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.3f}"
+    return f"{value:.3f}" if math.isfinite(value) else ""
 
 
 def _number(value: float) -> float | None:

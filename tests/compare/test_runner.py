@@ -161,8 +161,8 @@ def test_a_method_departs_from_the_common_options(tmp_path):
         ({"num_epochs": 0}, "num_epochs must be at least 1, got 0"),
         (
             {"schedule": OneShot(2)},
-            r"method 'magnitude': the last event of OneShot\(epoch=2\) is at epoch 2, but there are 2 epochs: "
-            r"let the schedule end earlier, or give the method more epochs",
+            r"method 'magnitude': the last event of OneShot\(epoch=2\) is at epoch 2, but there are 2 "
+            r"epochs: let the schedule end earlier, or give the method more epochs",
         ),
     ],
 )

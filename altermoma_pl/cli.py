@@ -15,12 +15,15 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 import altermoma_pl.figures as figures
 from altermoma_pl.callback import AlterMOMACallback
 from altermoma_pl.callback.state import PruningState
-from altermoma_pl.compare import compare
 
 _DESCRIPTION = (
     "Train and prune a fusion model. `altermoma report CHECKPOINT` shows what a checkpoint of a pruned "
     "model keeps, per layer and per modality (see `altermoma report --help`). `altermoma compare` compares "
     "criteria on a benchmark (see `altermoma compare --help`)."
+)
+_COMPARE = (
+    "Compare criteria on a benchmark: methods x sparsities x seeds, from the same dense models. Start it "
+    "again after a stop or a kill, and it goes on where it was."
 )
 
 
@@ -107,15 +110,20 @@ def load_pruning_state(path: str, trust: bool = False) -> PruningState:
 def _compare(arguments: list[str]) -> None:
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(prog="altermoma compare", description=compare.__doc__)
+    parser = ArgumentParser(prog="altermoma compare", description=_COMPARE)
+    try:
+        from altermoma_pl.compare import compare
+    except ModuleNotFoundError as error:
+        parser.exit(1, f"altermoma compare needs {error.name}: pip install 'altermoma-pl[compare]'\n")
     parser.add_argument("--config", action="config", help="a YAML file with the options below")
     parser.add_function_arguments(compare, as_positional=False)
-    options = parser.instantiate(parser.parse_args(arguments))
-    del options["config"]
+    options = parser.parse_args(arguments)
     try:
+        options = parser.instantiate(options)
+        del options["config"]
         compare(**options)
-    except (RuntimeError, ValueError) as error:
-        parser.error(str(error))
+    except (RuntimeError, ValueError) as error:  # no usage: what was asked for is well formed
+        parser.exit(1, f"altermoma compare: error: {error}\n")
 
 
 def _report(arguments: list[str]) -> None:

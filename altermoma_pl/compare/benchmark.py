@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from altermoma_pl.callback import AlterMOMACallback
 from altermoma_pl.criteria import Criterion
@@ -24,7 +24,8 @@ class Benchmark(ABC):
 
     A benchmark of your own derives from this class and is named in YAML by its `class_path`. Make it a
     frozen dataclass: its `repr` is its identity, by which dense models and results are found again.
-    Everything must depend on nothing but the fields and the seed.
+    Everything must depend on nothing but the fields and the seed; a field that changes no result, such
+    as a folder of cached data, is left out of the `repr` by `field(repr=False)`.
     """
 
     @property
@@ -78,6 +79,8 @@ class Method:
     def __post_init__(self) -> None:
         if self.num_epochs is not None and self.num_epochs < 1:
             raise ValueError(f"num_epochs must be at least 1, got {self.num_epochs}")
+        if self.scope is not None and self.scope not in get_args(Scope):
+            raise ValueError(f"scope must be one of {list(get_args(Scope))}, got {self.scope!r}")
         if self.min_density is not None:
             check_density(self.min_density)
 

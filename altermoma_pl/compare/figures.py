@@ -13,7 +13,7 @@ from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from altermoma_pl.compare.statistics import Estimate
-from altermoma_pl.compare.summary import KEPT, Summary
+from altermoma_pl.compare.summary import KEPT, Summary, condition_label
 from altermoma_pl.criteria import AlterEva
 from altermoma_pl.figures import COLOURS, MARKERS, SHARED_COLOUR, new_axes
 
@@ -26,13 +26,14 @@ _FEWEST_FOR_A_CURVE = 3
 
 def draw(summary: Summary) -> dict[str, Figure]:
     """Name -> figure, of all that the comparison allows."""
-    grid, drawn = summary.grid, {}
-    for metric in grid.benchmark.metrics:
-        drawn[f"{metric}_over_sparsity"] = over_sparsity(summary, metric)
+    drawn = {}
+    for metric in summary.grid.benchmark.metrics:
+        name = metric.replace("/", "_")  # it will be a file's
+        drawn[f"{name}_over_sparsity"] = over_sparsity(summary, metric)
         if len(beta_family(summary)) >= _FEWEST_FOR_A_CURVE:
-            drawn[f"{metric}_over_beta"] = over_beta(summary, metric)
-        if any(name.startswith(f"{metric}/") for name in summary.other_names):
-            drawn[f"{metric}_by_condition"] = by_condition(summary, metric)
+            drawn[f"{name}_over_beta"] = over_beta(summary, metric)
+        if summary.conditions(metric):
+            drawn[f"{name}_by_condition"] = by_condition(summary, metric)
     drawn["kept_share"] = kept_share(summary)
     return drawn
 
@@ -60,24 +61,24 @@ def over_sparsity(summary: Summary, metric: str) -> Figure:
 def kept_share(summary: Summary) -> Figure:
     """Bars: the share of each modality's weights that each method keeps, one panel a sparsity."""
     names = [name for name in summary.other_names if name.startswith(KEPT)]
-    return _bars(summary, names, [n.removeprefix(KEPT) for n in names], "share of weights kept")
+    return _bars(summary, names, [condition_label(name) for name in names], "share of weights kept")
 
 
 def by_condition(summary: Summary, metric: str) -> Figure:
     """Bars: the metric with all sensors and in each condition that the benchmark measures."""
-    names = [metric, *(name for name in summary.other_names if name.startswith(f"{metric}/"))]
-    labels = [name.removeprefix(f"{metric}/").replace("_", " ") for name in names]
-    return _bars(summary, names, ["all sensors", *labels[1:]], metric)
+    conditions = summary.conditions(metric)
+    labels = ["all sensors", *(condition_label(name) for name in conditions)]
+    return _bars(summary, [metric, *conditions], labels, metric)
 
 
 def beta_family(summary: Summary) -> list[tuple[float, str]]:
-    """(beta / alpha, method) of the reference's kind of `AlterEva`: alike in all but beta, ascending."""
+    """(beta / alpha, method) of the most methods with `AlterEva` that differ in no more, ascending."""
     methods = summary.grid.methods
     families: dict[str, list[tuple[float, str]]] = {}
     for name, method in methods.items():
         criterion = method.criterion
-        if isinstance(criterion, AlterEva) and not isinstance(criterion.beta, str):
-            kind = repr(replace(method, criterion=replace(criterion, beta=0.0)))
+        if isinstance(criterion, AlterEva) and not isinstance(criterion.beta, str) and criterion.alpha > 0:
+            kind = repr(replace(method, criterion=replace(criterion, alpha=1.0, beta=0.0)))
             families.setdefault(kind, []).append((criterion.beta / criterion.alpha, name))
     ordered = sorted(families.values(), key=lambda family: -len(family))
     return sorted(ordered[0]) if ordered else []

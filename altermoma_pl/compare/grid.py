@@ -6,8 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +25,9 @@ class Cell:
     seed: int
     sparsity: float
     method: str
+
+    def __str__(self) -> str:
+        return f"{self.method} at sparsity {self.sparsity:g}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Grid:
 
     @property
     def cells(self) -> list[Cell]:
-        """All of them, seed by seed: shards then share few dense models."""
+        """All of them, seed by seed, so that a shard needs few dense models."""
         return [
             Cell(seed, sparsity, method)
             for seed in self.seeds
@@ -77,16 +79,20 @@ class Grid:
             for method in self.methods
         ]
 
+    def shard(self, index: int, count: int) -> list[Cell]:
+        """Part `index`, from 1, of `count` parts of about the same size."""
+        cells = self.cells
+        return cells[(index - 1) * len(cells) // count : index * len(cells) // count]
+
     def dense_key(self, seed: int) -> str:
         """Name of the dense model of a seed: equal for equal benchmarks, in any comparison."""
         return f"seed{seed}-{_digest(identity(self.benchmark), seed, self.threads)}"
 
     def cell_key(self, cell: Cell) -> str:
-        """Name of a cell's result, which changes with everything that the result depends on."""
-        method = identity(self.methods[cell.method])
-        digest = _digest(self.dense_key(cell.seed), method, cell.sparsity)
-        safe = "".join(c if c.isalnum() else "_" for c in cell.method)
-        return f"{safe}-{cell.sparsity:g}-seed{cell.seed}-{digest}"
+        """Name of a cell's result: changes with all that the result depends on, and not with names."""
+        method = self.methods[cell.method]
+        digest = _digest(self.dense_key(cell.seed), identity(method), float(cell.sparsity))
+        return f"{type(method.criterion).__name__}-{cell.sparsity:g}-seed{cell.seed}-{digest}"
 
 
 def parse_shard(shard: str) -> tuple[int, int]:
@@ -116,7 +122,7 @@ class Store:
         """Folder of the dense model, which is trained if it is not there; others wait meanwhile."""
         folder = self._dense / grid.dense_key(seed)
         self._dense.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):  # the system lets go of it even if this process is killed
+        with FileLock(f"{folder}.lock"):  # the system releases it even if this process is killed
             if not folder.is_dir():
                 self._train_dense(grid, seed, folder)
         return folder
@@ -132,20 +138,19 @@ class Store:
     def save(self, grid: Grid, cell: Cell, values: Values) -> None:
         """Keep what was measured in a cell."""
         self._cells.mkdir(parents=True, exist_ok=True)
-        write_whole(self._cells / f"{grid.cell_key(cell)}.json", json.dumps(values, indent=1) + "\n")
+        write_whole(self._cells / f"{grid.cell_key(cell)}.json", _to_json(values))
 
-    def missing(self, grid: Grid) -> Iterator[Cell]:
+    def missing(self, grid: Grid) -> list[Cell]:
         """The cells that are not done."""
-        return (cell for cell in grid.cells if self.values(grid, cell) is None)
+        return [cell for cell in grid.cells if self.values(grid, cell) is None]
 
     def _train_dense(self, grid: Grid, seed: int, folder: Path) -> None:
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=self._dense))
-        try:
-            values = grid.benchmark.train_dense(seed, temporary)
-            (temporary / VALUES).write_text(json.dumps(values, indent=1) + "\n")
-            temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        temporary = folder.with_name(f".{folder.name}")
+        shutil.rmtree(temporary, ignore_errors=True)  # what a training left that failed or was killed
+        temporary.mkdir()
+        values = grid.benchmark.train_dense(seed, temporary)
+        (temporary / VALUES).write_text(_to_json(values))
+        temporary.rename(folder)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -153,6 +158,11 @@ def write_whole(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text)
     temporary.replace(path)
+
+
+def _to_json(values: Values) -> str:
+    """As text; `float` is for tensors and numpy's numbers, which metrics like to return."""
+    return json.dumps({name: float(value) for name, value in values.items()}, indent=1) + "\n"
 
 
 def _read(path: Path) -> Values | None:

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import multiprocessing
-import os
-import threading
 import time
-import warnings
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn as TimeLeftColumn
 
+import altermoma_pl.figures as figures
 from altermoma_pl.callback import AlterMOMACallback
 from altermoma_pl.compare.benchmark import Benchmark, Method, Values
-from altermoma_pl.compare.grid import Cell, Grid, Store, parse_shard
+from altermoma_pl.compare.figures import draw
+from altermoma_pl.compare.grid import Cell, Grid, Store, parse_shard, write_whole
+from altermoma_pl.compare.progress import Watch
 from altermoma_pl.compare.summary import Summary
+from altermoma_pl.compare.workers import Failure, Workers
 from altermoma_pl.schedules import Cubic, Schedule
 from altermoma_pl.sparsity import Scope
-
-Failure = tuple[Cell, str]
 
 
 def compare(
@@ -48,8 +41,9 @@ def compare(
     """Compare methods on a benchmark: methods x sparsities x seeds, from the same dense models.
 
     Results are kept in `output_dir` as they come. A comparison that was stopped, also by a kill, goes on
-    where it was, and ends with the tables of an uninterrupted one. When all cells are done, tables
-    and figures are written to `output_dir` and the tables are printed.
+    where it was, and ends with the tables of an uninterrupted one; what is added later, such as a method,
+    is all that runs. Results are found again by their options: after a change of code, take a new folder.
+    When all cells are done, tables and figures are written to `output_dir` and the tables are printed.
 
     Args:
         benchmark: The problem.
@@ -64,19 +58,18 @@ def compare(
         output_dir: For dense models, results, tables and figures.
         jobs: Processes at a time on this machine.
         threads: CPU threads of each. Results may depend on it in the last bits, on `jobs` they do not.
-        shard: "i/n": do only every n-th cell, for jobs of a cluster that share `output_dir`.
+        shard: "i/n": do only part i, from 1, of n, for jobs of a cluster that share `output_dir`. The one
+            that ends last makes the tables.
 
     Returns:
         The summary, or None as long as other shards have cells to do.
 
     Raises:
         ValueError: If an option is out of range or a schedule does not fit in its epochs.
-        RuntimeError: If cells failed; the others are done and kept.
+        RuntimeError: If runs failed; the others are done and kept.
     """
-    common = Method(next(iter(methods.values())).criterion, schedule, num_epochs, scope, min_density)
-    complete = {name: _completed(method, common) for name, method in methods.items()}
-    for name, method in complete.items():
-        _check_schedule(name, method)
+    defaults = {"schedule": schedule, "num_epochs": num_epochs, "scope": scope, "min_density": min_density}
+    complete = {name: _completed(name, method, defaults) for name, method in methods.items()}
     chosen = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
     grid = Grid(benchmark, complete, tuple(sparsities), chosen, threads)
     reference = reference or next(iter(complete))
@@ -85,18 +78,19 @@ def compare(
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
     index, count = parse_shard(shard)
-    store = Store(Path(output_dir))
-    failures = _run(grid, store, grid.cells[index - 1 :: count], jobs)
-    if failures:
-        first, reason = failures[0]
-        raise RuntimeError(f"{len(failures)} cells failed, the first is {first}: {reason}")
-    left = len(list(store.missing(grid)))
+    store, console = Store(Path(output_dir)), Console(highlight=False, soft_wrap=True)
+    failures = _run(grid, store, grid.shard(index, count), jobs)
+    _check_failures(failures, store.root / f"failures-{index}-of-{count}.txt")
+    left = len(store.missing(grid))
     if left:
-        Console().print(f"{left} of {len(grid.cells)} cells are left to other shards.")
+        console.print(f"{left} of {len(grid.cells)} cells are left to other shards.")
         return None
     summary = Summary.of(grid, store, reference)
     summary.save(store.root)
+    if figures.available():
+        figures.save(draw(summary), store.root / "figures")
     summary.print()
+    console.print(f"Tables and figures are in {store.root}", markup=False)
     return summary
 
 
@@ -130,100 +124,42 @@ def _of_callback(callback: AlterMOMACallback, seconds: float) -> Values:
     return {"sparsity": report.sparsity, **kept, **cost}
 
 
-def _completed(method: Method, common: Method) -> Method:
-    options = ("schedule", "num_epochs", "scope", "min_density")
-    missing = {name: getattr(common, name) for name in options if getattr(method, name) is None}
-    return replace(method, **missing)
-
-
-def _check_schedule(name: str, method: Method) -> None:
-    schedule, epochs = method.schedule, method.num_epochs
+def _completed(name: str, method: Method, defaults: Mapping[str, Any]) -> Method:
+    """The method with every option set; its schedule must fit in its epochs."""
+    missing = {key: value for key, value in defaults.items() if getattr(method, key) is None}
+    complete = replace(method, **missing)
+    schedule, epochs = complete.schedule, complete.num_epochs
     if schedule is not None and epochs is not None and schedule.last_epoch >= epochs:
         raise ValueError(
             f"method {name!r}: the last event of {schedule} is at epoch {schedule.last_epoch}, but there are "
             f"{epochs} epochs: let the schedule end earlier, or give the method more epochs"
         )
+    return complete
 
 
-def _run(grid: Grid, store: Store, cells: Sequence[Cell], jobs: int) -> list[Failure]:
-    """Do what is not done of these cells; which ones failed, and why."""
+def _run(grid: Grid, store: Store, cells: Sequence[Cell], jobs: int) -> dict[str, Failure]:
+    """Do what is not done of these cells, dense models first; what failed."""
+    seeds = dict.fromkeys(cell.seed for cell in cells)
+    absent = [seed for seed in seeds if store.dense_values(grid, seed) is None]
     todo = [cell for cell in cells if store.values(grid, cell) is None]
-    failures = []
-    with _progress() as progress:
-        bar = progress.add_task("comparing", total=len(cells), completed=len(cells) - len(todo))
-        for cell, error in _attempts(grid, store, todo, min(jobs, len(todo))):
-            progress.advance(bar)
-            if error is not None:
-                failures.append((cell, error))
-                progress.console.print(f"failed: {cell}: {error}", highlight=False, markup=False)
-    return failures
+    with Workers(jobs, grid.threads) as workers, Watch() as watch:
+        dense = {f"dense model of seed {seed}": partial(store.dense, grid, seed) for seed in absent}
+        attempts = workers.attempt(dense)
+        failures = watch.follow("dense models", attempts, len(seeds) - len(absent), len(seeds))
+        # A dense model that cannot be trained would be tried, in vain, by each of its cells.
+        possible = [cell for cell in todo if store.dense_values(grid, cell.seed) is not None]
+        attempts = workers.attempt({str(cell): partial(run_cell, grid, store, cell) for cell in possible})
+        return failures | watch.follow("cells", attempts, len(cells) - len(todo), len(cells))
 
 
-def _attempts(
-    grid: Grid, store: Store, cells: Sequence[Cell], jobs: int
-) -> Iterator[tuple[Cell, str | None]]:
-    """Each cell as it is done, with what went wrong."""
-    if jobs <= 1:
-        before = torch.get_num_threads()
-        torch.set_num_threads(grid.threads)
-        try:
-            for cell in cells:
-                yield cell, _attempt(grid, store, cell)
-        finally:
-            torch.set_num_threads(before)
+def _check_failures(failures: Mapping[str, Failure], log: Path) -> None:
+    """Raise if something failed; tracebacks go to `log`."""
+    if not failures:
+        log.unlink(missing_ok=True)
         return
-    context = multiprocessing.get_context("spawn")  # a fork would share torch's threads and generators
-    with ProcessPoolExecutor(jobs, context, _start_worker, (grid.threads,)) as pool:
-        futures = {pool.submit(_attempt, grid, store, cell): cell for cell in cells}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _attempt(grid: Grid, store: Store, cell: Cell) -> str | None:
-    try:
-        with _quiet():
-            run_cell(grid, store, cell)
-    except Exception as error:  # one method that fails must not cost the results of the others
-        return repr(error)
-    return None
-
-
-def _start_worker(threads: int) -> None:
-    torch.set_num_threads(threads)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Tables, hints and warnings of hundreds of short runs would hide the progress bar."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeLeftColumn(),
+    write_whole(log, "\n".join(f"{name}\n{failure.traceback}" for name, failure in failures.items()))
+    name, first = next(iter(failures.items()))
+    raise RuntimeError(
+        f"{len(failures)} of the runs failed, first {name}: {first.reason}. The others are kept; tracebacks "
+        f"are in {log}. Mend the cause and start again"
     )

@@ -7,12 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
+from scipy.stats import t
+
 CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds and half the width of its 95 % interval (Student's t); infinite for one seed."""
+    """A mean over seeds and half the width of its 95 % interval, by Student's t.
+
+    Args:
+        mean: NaN if a value is not finite: a run that diverged has no place in a mean.
+        half_width: Infinite for one seed, NaN with the mean.
+        num_seeds: How many values there are.
+    """
 
     mean: float
     half_width: float
@@ -20,12 +28,12 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Estimate:
-        """Estimate the mean of independent values; NaN if one of them is."""
+        """Estimate the mean of independent values, at least one."""
         count = len(values)
-        if count < 2:
+        if not all(map(math.isfinite, values)):
+            return cls(math.nan, math.nan, count)
+        if count == 1:
             return cls(values[0], math.inf, count)
-        from scipy.stats import t
-
         quantile = float(t.ppf((1 + CONFIDENCE) / 2, count - 1))
         return cls(fmean(values), quantile * stdev(values) / math.sqrt(count), count)
 
@@ -42,10 +50,12 @@ class Estimate:
     def text(self, digits: int = 3) -> str:
         """`0.567 ± 0.012`, or the mean alone where there is no interval."""
         mean = f"{self.mean:.{digits}f}"
-        return mean if math.isinf(self.half_width) else f"{mean} ± {self.half_width:.{digits}f}"
+        return f"{mean} ± {self.half_width:.{digits}f}" if math.isfinite(self.half_width) else mean
 
     def interval(self, digits: int = 3) -> str:
         """`+0.012 [+0.003, +0.021]`, for differences."""
+        if math.isnan(self.mean):
+            return "nan"
         mean = f"{self.mean:+.{digits}f}"
         if math.isinf(self.half_width):
             return mean

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -14,14 +15,19 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-import altermoma_pl.figures as plotting
 from altermoma_pl.compare.benchmark import Values
 from altermoma_pl.compare.grid import Cell, Grid, Store, write_whole
 from altermoma_pl.compare.statistics import Estimate, paired_difference
 
 SECONDS = "seconds/"
 KEPT = "kept/"
+_WIDE = 200  # columns where there is no terminal: tables take what they need
+_LATEX = str.maketrans(
+    {character: rf"\{character}" for character in "_%&$#{}"}
+    | {"±": r"$\pm$", "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+)
 
 
 @dataclass(frozen=True)
@@ -34,22 +40,23 @@ class Sheet:
 
     def rich(self) -> Table:
         """For a terminal."""
-        table = Table(title=self.title, title_justify="left")
+        table = Table(title=Text(self.title), title_justify="left")
         for index, name in enumerate(self.header):
-            table.add_column(name, justify="right" if index else "left")
+            table.add_column(Text(name), justify="right" if index else "left")
         for row in self.rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))
         return table
 
     def markdown(self) -> str:
         """For a page."""
         rule = ("---", *["---:"] * (len(self.header) - 1))
-        lines = ("| " + " | ".join(row) + " |" for row in (self.header, rule, *self.rows))
-        return f"**{self.title}**\n\n" + "\n".join(lines) + "\n"
+        rows = ([cell.replace("|", r"\|") for cell in row] for row in (self.header, rule, *self.rows))
+        return f"**{self.title}**\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
     def latex(self) -> str:
         """For a paper: a `tabular` with booktabs' rules."""
-        head, *body = (" & ".join(map(_latex, row)) + r" \\" for row in (self.header, *self.rows))
+        rows = ([cell.translate(_LATEX) for cell in row] for row in (self.header, *self.rows))
+        head, *body = (" & ".join(row) + r" \\" for row in rows)
         columns = "l" + "r" * (len(self.header) - 1)
         lines = [f"% {self.title}", rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule"]
         return "\n".join([*lines, *body, r"\bottomrule", r"\end{tabular}"]) + "\n"
@@ -78,17 +85,17 @@ class Summary:
         Raises:
             ValueError: If a cell is not done, or lacks a metric that the benchmark promises.
         """
-        dense = {seed: store.dense_values(grid, seed) for seed in grid.seeds}
-        values = {cell: store.values(grid, cell) for cell in grid.cells}
-        absent = [key for key, found in (dense | values).items() if found is None]
+        dense = {s: v for s in grid.seeds if (v := store.dense_values(grid, s)) is not None}
+        values = {cell: v for cell in grid.cells if (v := store.values(grid, cell)) is not None}
+        absent = [f"the dense model of seed {seed}" for seed in grid.seeds if seed not in dense]
+        absent += [str(cell) for cell in grid.cells if cell not in values]
         if absent:
             raise ValueError(f"{len(absent)} results are missing, the first is that of {absent[0]}")
-        done = {cell: found for cell, found in values.items() if found is not None}
-        for metric in grid.benchmark.metrics:
-            for cell, found in done.items():
+        for cell, found in values.items():
+            for metric in grid.benchmark.metrics:
                 if metric not in found:
                     raise ValueError(f"{cell} measured {sorted(found)}, but not {metric!r} as promised")
-        return cls(grid, reference, {s: v for s, v in dense.items() if v is not None}, done)
+        return cls(grid, reference, dense, values)
 
     def over_seeds(self, method: str, sparsity: float, name: str) -> list[float]:
         """The values of one quantity, one for each seed; NaN where it was not measured."""
@@ -111,7 +118,7 @@ class Summary:
         return Estimate.of(found) if len(found) == len(self.dense) else None
 
     def share_of_dense(self, method: str, sparsity: float, name: str) -> float:
-        """Mean over seeds of a metric as a share of the dense model's; NaN where that is unknown."""
+        """Mean over seeds of a metric as a share of the dense model's; NaN where that is unknown or 0."""
         pruned = self.over_seeds(method, sparsity, name)
         dense = [self.dense[seed].get(name, math.nan) for seed in self.grid.seeds]
         return sum(p / d if d else math.nan for p, d in zip(pruned, dense, strict=True)) / len(pruned)
@@ -123,10 +130,15 @@ class Summary:
         skipped = {*self.grid.benchmark.metrics, "sparsity"}
         return [name for name in names if name not in skipped and not name.startswith(SECONDS)]
 
+    def conditions(self, metric: str) -> list[str]:
+        """Names under which a metric was measured in other conditions, such as `miou/camera_dropped`."""
+        return [name for name in self.other_names if name.startswith(f"{metric}/")]
+
     def sheets(self) -> list[Sheet]:
         """The tables of results: they repeat exactly, which times do not."""
-        metrics = [self._metric_sheet(name) for name in self.grid.benchmark.metrics]
-        return metrics + [self._detail_sheet(sparsity) for sparsity in self.grid.sparsities]
+        grid = self.grid
+        sheets = [self._metric_sheet(name, s) for name in grid.benchmark.metrics for s in grid.sparsities]
+        return sheets + [self._detail_sheet(sparsity) for sparsity in grid.sparsities]
 
     def cost_sheet(self) -> Sheet:
         """Seconds of a run, mean over sparsities and seeds."""
@@ -139,38 +151,39 @@ class Summary:
 
     def print(self) -> None:
         """Show the tables."""
-        console = Console()
+        console = Console(width=shutil.get_terminal_size(fallback=(_WIDE, 24)).columns)
         for sheet in (*self.sheets(), self.cost_sheet()):
             console.print(sheet.rich())
 
     def save(self, folder: Path) -> None:
-        """Write tables.{md,tex}, results.csv, summary.json, cost.md and, with matplotlib, figures."""
+        """Write tables.{md,tex}, results.csv, summary.json and cost.md."""
         sheets = self.sheets()
         write_whole(folder / "tables.md", "\n".join(sheet.markdown() for sheet in sheets))
         write_whole(folder / "tables.tex", "\n".join(sheet.latex() for sheet in sheets))
         write_whole(folder / "cost.md", self.cost_sheet().markdown())
         write_whole(folder / "results.csv", self.to_csv())
         write_whole(folder / "summary.json", self.to_json())
-        if plotting.available():
-            from altermoma_pl.compare.figures import draw
-
-            plotting.save(draw(self), folder / "figures")
 
     def to_csv(self) -> str:
         """One line for each number: method, sparsity, seed, name, value; times left out."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(("method", "sparsity", "seed", "name", "value"))
-        for seed, values in self.dense.items():
-            writer.writerows(("dense", 0.0, seed, name, value) for name, value in values.items())
-        for cell, values in self.values.items():
-            kept = ((n, v) for n, v in values.items() if not n.startswith(SECONDS))
-            writer.writerows((cell.method, cell.sparsity, cell.seed, n, v) for n, v in kept)
+        runs = [(("dense", 0.0, seed), values) for seed, values in self.dense.items()]
+        runs += [((cell.method, cell.sparsity, cell.seed), values) for cell, values in self.values.items()]
+        for run, values in runs:
+            writer.writerows((*run, n, v) for n, v in values.items() if not n.startswith(SECONDS))
         return text.getvalue()
 
     def to_json(self) -> str:
-        """Every estimate, and the advantage of the reference in each metric."""
-        return json.dumps({"reference": self.reference, "results": list(self._entries())}, indent=1) + "\n"
+        """Every estimate, and the advantage of the reference in each metric; null for what is not finite."""
+        names = dict.fromkeys(
+            n for values in self.dense.values() for n in values if not n.startswith(SECONDS)
+        )
+        found = ((name, self.dense_estimate(name)) for name in names)
+        dense = {name: _finite(asdict(estimate)) for name, estimate in found if estimate}
+        content = {"reference": self.reference, "dense": dense, "results": list(self._entries())}
+        return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
     def _entries(self) -> Iterator[dict[str, Any]]:
         for sparsity in self.grid.sparsities:
@@ -183,47 +196,49 @@ class Summary:
                         entry["advantage"] = _finite(asdict(self.advantage(method, sparsity, name)))
                     yield entry
 
-    def _metric_sheet(self, name: str) -> Sheet:
-        dense = self.dense_estimate(name)
-        direction = self.grid.benchmark.metrics[name]
-        title = f"{name}, {direction} is better" + (f"; dense {dense.text()}" if dense else "")
-        header = ["method"]
-        for sparsity in self.grid.sparsities:
-            header += [f"{sparsity:.0%}", *(["of dense"] if dense else []), f"{self.reference} better by"]
-        rows = tuple((method, *self._metric_row(method, name, dense)) for method in self.grid.methods)
-        return Sheet(title, tuple(header), rows)
-
-    def _metric_row(self, method: str, name: str, dense: Estimate | None) -> Iterator[str]:
-        for sparsity in self.grid.sparsities:
-            yield self.estimate(method, sparsity, name).text()
-            if dense:
-                yield f"{self.share_of_dense(method, sparsity, name):.3f}"
-            same = method == self.reference
-            yield "" if same else self.advantage(method, sparsity, name).interval()
+    def _metric_sheet(self, metric: str, sparsity: float) -> Sheet:
+        """Mean and interval, share of dense, advantage of the reference, and means by condition."""
+        dense, conditions = self.dense_estimate(metric), self.conditions(metric)
+        title = f"{metric} at {_percent(sparsity)} sparsity, {self.grid.benchmark.metrics[metric]} is better"
+        labels = map(condition_label, conditions)
+        header = ("method", metric, *(["of dense"] if dense else []), f"{self.reference} better by", *labels)
+        rows = []
+        if dense:
+            rows.append(("dense", dense.text(), "", "", *(_cell(self._dense_mean(n)) for n in conditions)))
+        for method in self.grid.methods:
+            share = [_cell(self.share_of_dense(method, sparsity, metric))] if dense else []
+            ahead = "" if method == self.reference else self.advantage(method, sparsity, metric).interval()
+            means = (_cell(self.estimate(method, sparsity, name).mean) for name in conditions)
+            rows.append((method, self.estimate(method, sparsity, metric).text(), *share, ahead, *means))
+        return Sheet(title, header, tuple(rows))
 
     def _detail_sheet(self, sparsity: float) -> Sheet:
-        header = ("method", *(name.replace("_", " ") for name in self.other_names))
-        rows = [("dense", *(_cell(self._dense_mean(name)) for name in self.other_names))]
-        for method in self.grid.methods:
-            means = (self.estimate(method, sparsity, name).mean for name in self.other_names)
-            rows.append((method, *map(_cell, means)))
-        return Sheet(f"What else was measured at {sparsity:.0%}, means over seeds", header, tuple(rows))
+        """Kept shares, and what else is no metric."""
+        shown = {name for metric in self.grid.benchmark.metrics for name in self.conditions(metric)}
+        names = [name for name in self.other_names if name not in shown]
+        header = ("method", *(name.replace("_", " ").replace("/", " ") for name in names))
+        rows = [
+            (method, *(_cell(self.estimate(method, sparsity, name).mean) for name in names))
+            for method in self.grid.methods
+        ]
+        return Sheet(f"Kept shares at {_percent(sparsity)} sparsity, means over seeds", header, tuple(rows))
 
     def _dense_mean(self, name: str) -> float:
-        if name.startswith(KEPT):
-            return 1.0
         found = self.dense_estimate(name)
         return found.mean if found else math.nan
 
 
+def condition_label(name: str) -> str:
+    """`miou/camera_dropped` -> `camera dropped`."""
+    return name.rpartition("/")[2].replace("_", " ")
+
+
+def _percent(sparsity: float) -> str:
+    return f"{100 * sparsity:g}%"
+
+
 def _cell(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.3f}"
-
-
-def _latex(text: str) -> str:
-    for plain, escaped in (("_", r"\_"), ("%", r"\%"), ("±", r"$\pm$"), ("&", r"\&")):
-        text = text.replace(plain, escaped)
-    return text
+    return f"{value:.3f}" if math.isfinite(value) else ""
 
 
 def _number(value: float) -> float | None:

@@ -1,7 +1,7 @@
 """Camera-LiDAR fusion on synthetic scenes: what a criterion is for."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,7 +63,7 @@ class Fusion(Benchmark):
     learning_rate: float = 3e-3
     pruning_learning_rate: float = 2e-3
     accelerator: str = "cpu"
-    cache_dir: str = "~/.cache/altermoma_pl"
+    cache_dir: str = field(default="~/.cache/altermoma_pl", repr=False)  # changes no result
 
     @property
     def modalities(self) -> Mapping[str, Sequence[str]]:

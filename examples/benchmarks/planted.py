@@ -36,7 +36,7 @@ class PlantedData:
         seed: Of the world: how hidden vectors become observations and targets.
         split: Tells batches of one world apart.
         num_batches: Length.
-        redundancy: Share of the shared vector that the LiDAR sees.
+        redundancy: Correlation of what the LiDAR sees with the shared vector, which has unit variance.
         noise: Standard deviation of the noise on the shared vector, by sensor.
     """
 
@@ -60,7 +60,7 @@ class PlantedData:
 
     def _batch(self, draws: torch.Generator) -> tuple[Tensor, ...]:
         shared, camera, lidar, other = (_normal(BATCH_SIZE, LATENT, generator=draws) for _ in range(4))
-        seen_by_lidar = self.redundancy * shared + (1 - self.redundancy) * other
+        seen_by_lidar = self.redundancy * shared + (1 - self.redundancy**2) ** 0.5 * other
         hidden = {("camera", "shared"): shared, ("camera", "private"): camera}
         hidden |= {("lidar", "shared"): seen_by_lidar, ("lidar", "private"): lidar}
         observed = []
@@ -135,7 +135,8 @@ class Planted(Benchmark):
     be kept) from its shared ones (redundant): 0.5 is chance, 1 is perfect.
 
     Args:
-        redundancy: Share of the shared vector that the LiDAR sees, in [0, 1]. At 0 nothing is redundant.
+        redundancy: Correlation of what the LiDAR sees with the shared vector, in [0, 1]. At 0 it does not
+            see it, and nothing is redundant.
         camera_noise: Of the camera on the shared vector, whose entries have a standard deviation of 1.
         lidar_noise: Of the LiDAR on it.
         width: Hidden units of a sub-tower.
@@ -206,6 +207,7 @@ class Planted(Benchmark):
             module.calibration,
             self.data(seed, 3, self.steps_per_epoch),
             self.modalities,
+            seed=seed,
         )
         scores = callback.criterion.score(calibration)
         kinds = {part: [s.flatten() for n, s in scores.items() if f"camera.{part}." in n] for part in PARTS}

@@ -112,11 +112,12 @@ class Store:
 
     Args:
         root: Folder of the comparison, shared by all of its shards.
+        dense: Folder of dense models, which other comparisons may share; None for one in `root`.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, dense: Path | None = None) -> None:
         self.root = root
-        self._dense, self._cells = root / "dense", root / "cells"
+        self._dense, self._cells = dense or root / "dense", root / "cells"
 
     def dense(self, grid: Grid, seed: int) -> Path:
         """Folder of the dense model, which is trained if it is not there; others wait meanwhile."""

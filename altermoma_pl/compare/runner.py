@@ -34,6 +34,7 @@ def compare(
     scope: Scope = "global",
     min_density: float = 0.01,
     output_dir: str = "runs/compare",
+    dense_dir: str | None = None,
     jobs: int = 1,
     threads: int = 1,
     shard: str = "1/1",
@@ -55,7 +56,9 @@ def compare(
         num_epochs: Length of pruning and fine-tuning.
         scope: Over what weights compete.
         min_density: Share of each tensor that stays whatever its scores.
-        output_dir: For dense models, results, tables and figures.
+        output_dir: For results, tables and figures.
+        dense_dir: For dense models; comparisons on the same benchmark may share it. None for a folder
+            `dense` in `output_dir`.
         jobs: Processes at a time on this machine.
         threads: CPU threads of each. Results may depend on it in the last bits, on `jobs` they do not.
         shard: "i/n": do only part i, from 1, of n, for jobs of a cluster that share `output_dir`. The one
@@ -78,7 +81,8 @@ def compare(
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
     index, count = parse_shard(shard)
-    store, console = Store(Path(output_dir)), Console(highlight=False, soft_wrap=True)
+    store = Store(Path(output_dir), Path(dense_dir) if dense_dir else None)
+    console = Console(highlight=False, soft_wrap=True)
     failures = _run(grid, store, grid.shard(index, count), jobs)
     _check_failures(failures, store.root / f"failures-{index}-of-{count}.txt")
     left = len(store.missing(grid))

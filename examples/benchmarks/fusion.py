@@ -16,6 +16,7 @@ from examples.grid import BEVGrid
 from examples.models.evaluate import evaluate_views
 from examples.models.fusion import SENSORS
 from examples.models.module import FusionModule
+from examples.models.views import VIEWS
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Fusion(Benchmark):
         pruning_batches: Batches of an epoch of pruning.
         learning_rate: Of all training before pruning.
         pruning_learning_rate: Of pruning and fine-tuning.
-        accelerator: As for Lightning's Trainer.
+        accelerator: "cpu" or "cuda".
         cache_dir: Folder of the synthetic scenes.
     """
 
@@ -62,7 +63,7 @@ class Fusion(Benchmark):
     pruning_batches: int = 40
     learning_rate: float = 3e-3
     pruning_learning_rate: float = 2e-3
-    accelerator: str = "cpu"
+    accelerator: Literal["cpu", "cuda"] = "cpu"
     cache_dir: str = field(default="~/.cache/altermoma_pl", repr=False)  # changes no result
 
     @property
@@ -89,13 +90,13 @@ class Fusion(Benchmark):
             epochs = self.camera_epochs if sensor == "camera" else self.lidar_epochs
             self._fit(alone, data, epochs).save_checkpoint(folder / f"{sensor}.ckpt")
             checkpoints[sensor] = str(folder / f"{sensor}.ckpt")
-            values |= _values(evaluate_views(alone.model, data.val_dataloader(), ["both"]), f"{sensor}_alone")
+            values |= _values(self._views(alone, data, ["both"]), f"{sensor}_alone")
         seed_everything(seed, verbose=False)
         fused = self._module(
             data, backbones=checkpoints, heads=checkpoints["lidar"], learning_rate=self.learning_rate
         )
         self._fit(fused, data, self.fusion_epochs).save_checkpoint(folder / "dense.ckpt")
-        return _values(evaluate_views(fused.model, data.val_dataloader())) | values
+        return _values(self._views(fused, data)) | values
 
     def prune(self, seed: int, folder: Path, callback: AlterMOMACallback, num_epochs: int) -> Values:
         """Prune and fine-tune the dense model, with one cycle of the learning rate, or one a round."""
@@ -109,7 +110,7 @@ class Fusion(Benchmark):
             decay_epochs=cycle,
         )
         self._fit(model, data, num_epochs, [callback], limit_train_batches=self.pruning_batches)
-        return _values(evaluate_views(model.model, data.val_dataloader()))
+        return _values(self._views(model, data))
 
     def _data(self, seed: int) -> DrivingData:
         grid = BEVGrid(0.0, self.extent, -self.extent / 2, self.extent / 2, self.cell)
@@ -128,6 +129,13 @@ class Fusion(Benchmark):
         data.prepare_data()
         data.setup()
         return data
+
+    def _views(
+        self, module: FusionModule, data: DrivingData, views: Sequence[str] = tuple(VIEWS)
+    ) -> dict[str, dict[str, float]]:
+        """View -> metric -> value, measured where the model was trained: a Trainer moves it to the CPU."""
+        module.to("cpu" if self.accelerator == "cpu" else "cuda")
+        return evaluate_views(module.model, data.val_dataloader(), views)
 
     def _module(self, data: DrivingData, **options: Any) -> FusionModule:
         return FusionModule(

@@ -71,6 +71,20 @@ def test_a_method_added_later_runs_its_cells_only(whole, tmp_path):
     assert tables(tmp_path / "out") == tables(whole[0] / "out")
 
 
+def test_comparisons_may_share_dense_models(tmp_path):
+    shared = str(tmp_path / "dense")
+    for name, method in METHODS.items():
+        compare(
+            Toy(diary=str(tmp_path / "diary")),
+            {name: method},
+            output_dir=str(tmp_path / name),
+            dense_dir=shared,
+            **OPTIONS,
+        )
+        assert not (tmp_path / name / "dense").exists()
+    assert [line for line in notes(tmp_path / "diary") if "dense" in line] == ["dense 0", "dense 1"]
+
+
 def test_a_method_renamed_runs_nothing(tmp_path):
     run(tmp_path, {"magnitude": METHODS["magnitude"]}, seeds=1)
     summary = run(tmp_path, {"ours": METHODS["magnitude"]}, seeds=1)

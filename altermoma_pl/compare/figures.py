@@ -13,7 +13,7 @@ from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from altermoma_pl.compare.statistics import Estimate
-from altermoma_pl.compare.summary import KEPT, Summary, condition_label
+from altermoma_pl.compare.summary import KEPT, Summary, condition_label, percent
 from altermoma_pl.criteria import AlterEva
 from altermoma_pl.figures import COLOURS, MARKERS, SHARED_COLOUR, new_axes
 
@@ -51,10 +51,10 @@ def over_sparsity(summary: Summary, metric: str) -> Figure:
     dense = summary.dense_estimate(metric)
     if dense is not None:
         axes.axhline(dense.mean, color="black", linewidth=0.8, linestyle=(0, (1, 2)), label="dense")
-    axes.set_xticks(sparsities, [f"{s:.0%}" for s in sparsities])
+    axes.set_xticks(sparsities, [percent(s) for s in sparsities])
     axes.set_xlabel("sparsity")
     axes.set_ylabel(f"{metric} ({summary.grid.benchmark.metrics[metric]} is better)")
-    figure.legend(loc="outside right upper", fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8, handlelength=3.5)  # to tell dashes from dots
     return figure
 
 
@@ -97,11 +97,11 @@ def over_beta(summary: Summary, metric: str) -> Figure:
             color=colour,
             marker=marker,
             capsize=3,
-            label=f"{sparsity:.0%}",
+            label=percent(sparsity),
         )
     axes.set_xlabel("beta / alpha")
     axes.set_ylabel(f"{metric} ({summary.grid.benchmark.metrics[metric]} is better)")
-    axes.legend(title="sparsity", fontsize=8)
+    figure.legend(loc="outside right upper", title="sparsity", fontsize=8)
     return figure
 
 
@@ -123,9 +123,11 @@ def _bars(summary: Summary, names: Sequence[str], labels: Sequence[str], label: 
             places = [row + (index - (len(names) - 1) / 2) * thickness for row in range(len(methods))]
             bars = {"color": colour, "height": thickness, "error_kw": {"linewidth": 0.7}}
             axes.barh(places, [e.mean for e in found], xerr=_error_bars(found), label=labels[index], **bars)
-        axes.set_title(f"{sparsity:.0%} sparsity", fontsize=10)
+        axes.set_title(f"{percent(sparsity)} sparsity", fontsize=10)
         axes.set_xlabel(label)
         axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+        axes.margins(y=0.01)
     panels[0].set_yticks(range(len(methods)), methods)
     panels[0].invert_yaxis()
     handles, texts = panels[0].get_legend_handles_labels()
@@ -139,13 +141,14 @@ def _error_bars(found: Sequence[Estimate]) -> list[float] | None:
 
 
 def _method_styles(summary: Summary) -> dict[str, dict[str, Any]]:
-    """Method -> colour, marker and line style; colours come round again with another line style."""
+    """Method -> colour, marker and line style; colours come round again with other markers and lines."""
     styles: dict[str, dict[str, Any]] = {}
     for index, name in enumerate(summary.grid.methods):
+        lap = index // len(COLOURS)
         style = {
             "color": COLOURS[index % len(COLOURS)],
-            "marker": MARKERS[index % len(MARKERS)],
-            "linestyle": _STYLES[index // len(COLOURS) % len(_STYLES)],
+            "marker": MARKERS[(index + lap) % len(MARKERS)],
+            "linestyle": _STYLES[lap % len(_STYLES)],
         }
         styles[name] = style | {"linewidth": 2.4 if name == summary.reference else 1.4}
     return styles

@@ -199,7 +199,7 @@ class Summary:
     def _metric_sheet(self, metric: str, sparsity: float) -> Sheet:
         """Mean and interval, share of dense, advantage of the reference, and means by condition."""
         dense, conditions = self.dense_estimate(metric), self.conditions(metric)
-        title = f"{metric} at {_percent(sparsity)} sparsity, {self.grid.benchmark.metrics[metric]} is better"
+        title = f"{metric} at {percent(sparsity)} sparsity, {self.grid.benchmark.metrics[metric]} is better"
         labels = map(condition_label, conditions)
         header = ("method", metric, *(["of dense"] if dense else []), f"{self.reference} better by", *labels)
         rows = []
@@ -221,7 +221,7 @@ class Summary:
             (method, *(_cell(self.estimate(method, sparsity, name).mean) for name in names))
             for method in self.grid.methods
         ]
-        return Sheet(f"Kept shares at {_percent(sparsity)} sparsity, means over seeds", header, tuple(rows))
+        return Sheet(f"Kept shares at {percent(sparsity)} sparsity, means over seeds", header, tuple(rows))
 
     def _dense_mean(self, name: str) -> float:
         found = self.dense_estimate(name)
@@ -233,7 +233,8 @@ def condition_label(name: str) -> str:
     return name.rpartition("/")[2].replace("_", " ")
 
 
-def _percent(sparsity: float) -> str:
+def percent(sparsity: float) -> str:
+    """0.975 -> `97.5%`."""
     return f"{100 * sparsity:g}%"
 
 

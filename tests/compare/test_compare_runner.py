@@ -53,6 +53,18 @@ def test_values_are_those_of_a_run_by_hand(whole, tmp_path):
     assert 0 <= values["seconds/scoring"] < values["seconds/all"]
 
 
+def test_each_seed_prunes_with_random_numbers_of_its_own(tmp_path, monkeypatch):
+    seeds, prune = [], Toy.prune
+
+    def noting(self, seed, folder, callback, num_epochs):
+        seeds.append((seed, callback.seed))
+        return prune(self, seed, folder, callback, num_epochs)
+
+    monkeypatch.setattr(Toy, "prune", noting)
+    run(tmp_path, {"random": METHODS["random"]}, seeds=[2, 4], sparsities=[0.5])
+    assert seeds == [(2, 2), (4, 4)]
+
+
 def test_starting_again_runs_nothing_and_writes_the_same(whole):
     folder, _ = whole
     before, diary = tables(folder / "out"), notes(folder / "diary")

@@ -152,7 +152,7 @@ class Planted(Benchmark):
     camera_noise: float = 0.6
     lidar_noise: float = 0.05
     width: int = 32
-    num_steps: int = 1000
+    num_steps: int = 700
     steps_per_epoch: int = 50
     learning_rate: float = 3e-3
 

@@ -78,7 +78,9 @@ def beta_family(summary: Summary) -> list[tuple[float, str]]:
     for name, method in methods.items():
         criterion = method.criterion
         if isinstance(criterion, AlterEva) and not isinstance(criterion.beta, str) and criterion.alpha > 0:
-            kind = repr(replace(method, criterion=replace(criterion, alpha=1.0, beta=0.0)))
+            # In a discount alpha is a tolerance of its own; in a subtraction only the ratio counts.
+            alpha = 1.0 if criterion.combination == "subtract" else criterion.alpha
+            kind = repr(replace(method, criterion=replace(criterion, alpha=alpha, beta=0.0)))
             families.setdefault(kind, []).append((criterion.beta / criterion.alpha, name))
     ordered = sorted(families.values(), key=lambda family: -len(family))
     return sorted(ordered[0]) if ordered else []

@@ -11,7 +11,7 @@ from tests.compare.summaries import complete, summary
 figures = pytest.importorskip("altermoma_pl.compare.figures")
 pytest.importorskip("matplotlib")
 
-BETAS = {f"beta {beta:g}": complete(AlterEva(beta=beta)) for beta in (2.0, 0.0, 1.0)}
+BETAS = {f"beta {beta:g}": complete(AlterEva(1.0, beta)) for beta in (2.0, 0.0, 1.0)}
 SPARSITIES = (0.9, 0.975)
 
 
@@ -111,20 +111,22 @@ def test_the_family_is_the_largest_and_has_fixed_betas():
     methods = BETAS | {
         "auto": complete(AlterEva(beta="auto")),
         "magnitude": complete(Magnitude()),
-        "longer": complete(AlterEva(beta=3.0), num_epochs=5),
+        "longer": complete(AlterEva(1.0, 3.0), num_epochs=5),
         "no DeCI": complete(AlterEva(alpha=0.0, combination="subtract")),
     }
     assert figures.beta_family(summary(methods)) == [(0.0, "beta 0"), (1.0, "beta 1"), (2.0, "beta 2")]
-    assert figures.beta_family(summary()) == [(1.0, "ours_1")]
+    assert figures.beta_family(summary()) == [(2.0, "ours_1")]
     assert figures.beta_family(summary({"magnitude": complete(Magnitude())})) == []
 
 
 def test_alpha_counts_by_its_ratio_to_beta():
     methods = {
-        "half": complete(AlterEva(alpha=2.0)),
-        "one": complete(AlterEva()),
-        "four": complete(AlterEva(0.5, 2.0)),
+        "half": complete(AlterEva(2.0, 1.0, combination="subtract")),
+        "one": complete(AlterEva(1.0, 1.0, combination="subtract")),
+        "four": complete(AlterEva(0.5, 2.0, combination="subtract")),
     }
     found = summary(methods)
     assert figures.beta_family(found) == [(0.5, "half"), (1.0, "one"), (4.0, "four")]
     assert figures.beta_family(replace(found, reference="four")) == figures.beta_family(found)
+    discounts = {"one": complete(AlterEva(1.0, 1.0)), "tolerant": complete(AlterEva(2.0, 1.0))}
+    assert figures.beta_family(summary(discounts)) == [(1.0, "one")]

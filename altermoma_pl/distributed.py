@@ -1,0 +1,149 @@
+"""Tensors and decisions that several processes share; with one process there is nothing to do.
+
+Processes share a model in two ways. With data parallelism each holds all parameters and sees batches of
+its own. With sharding (FSDP2's `fully_shard`) each also holds only some rows of every parameter, which
+then is a `DTensor`. Every function here that communicates must be called by all processes alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+
+def num_processes() -> int:
+    """How many processes share the work."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if num_processes() > 1 else 0
+
+
+def is_sharded(tensors: Iterable[Tensor]) -> bool:
+    """Whether this process holds only rows of the tensors.
+
+    Raises:
+        ValueError: If they are divided in a way other than by rows over all processes.
+    """
+    shards = [t for t in tensors if isinstance(t, DTensor)]
+    for shard in shards:
+        if shard.device_mesh.ndim != 1 or shard.placements != (Shard(0),):
+            raise ValueError(
+                f"a parameter of shape {tuple(shard.shape)} is divided as {shard.placements} over a mesh of "
+                f"{shard.device_mesh.ndim} dimensions: only rows over one dimension can be pruned, as "
+                f"fully_shard(module, mesh=mesh_1d) makes them"
+            )
+    return bool(shards)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The rows that this process holds, in the same memory; all of a tensor that is not sharded."""
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def like(rows: Tensor, reference: Tensor) -> Tensor:
+    """A tensor whose local rows are `rows`, sharded as `reference` is."""
+    if not isinstance(reference, DTensor):
+        return rows
+    return DTensor.from_local(
+        rows,
+        reference.device_mesh,
+        reference.placements,
+        run_check=False,
+        shape=reference.shape,
+        stride=reference.stride(),
+    )
+
+
+def sharded_like(full: Tensor, reference: Tensor) -> Tensor:
+    """The same values, divided and placed as `reference` is."""
+    if not isinstance(reference, DTensor):
+        return full.to(reference.device)
+    mesh = reference.device_mesh
+    num_rows = -(-full.shape[0] // mesh.size())
+    first = mesh.get_local_rank() * num_rows
+    return like(full[first : first + num_rows].to(reference.device), reference)
+
+
+def full(tensor: Tensor) -> Tensor:
+    """All rows, gathered from all processes."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sum_(tensor: Tensor) -> Tensor:
+    """Add the tensors of all processes, in place; of a sharded one nothing but its rows."""
+    if num_processes() > 1 and not isinstance(tensor, DTensor):
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def sums(values: Sequence[float]) -> list[float]:
+    """The sum over all processes of each number; whole numbers up to 2^53 are exact."""
+    if num_processes() == 1:
+        return list(values)
+    return [float(x) for x in sum_(torch.tensor(values, dtype=torch.float64, device=_device())).tolist()]
+
+
+def gathered(values: Sequence[int]) -> list[list[int]]:
+    """The whole numbers of each process, in the order of processes."""
+    if num_processes() == 1:
+        return [list(values)]
+    own = torch.tensor(values, dtype=torch.int64, device=_device())
+    others = [torch.empty_like(own) for _ in range(num_processes())]
+    dist.all_gather(others, own)
+    return [other.tolist() for other in others]
+
+
+def all_agree(flag: bool) -> bool:
+    """Whether the flag is set in all processes."""
+    return all(each == [1] for each in gathered([int(flag)]))
+
+
+def check_same(digest: bytes, what: str) -> None:
+    """Prove that all processes have the same.
+
+    Raises:
+        RuntimeError: In every process, if the digest of one differs from that of the first.
+    """
+    digests = gathered(list(digest))
+    different = [process for process, other in enumerate(digests) if other != digests[0]]
+    if different:
+        raise RuntimeError(
+            f"{what} of process {different} are not those of process 0: do all processes have the same "
+            f"options, weights and code? Scores must not depend on the process"
+        )
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """An error inside, in one process, ends all of them: none waits for a process that has failed.
+
+    Inside, processes must not wait for each other.
+
+    Raises:
+        RuntimeError: If another process has failed; its own error says why.
+    """
+    try:
+        yield
+    except Exception:
+        gathered([1])
+        raise
+    failed = [process for process, (flag,) in enumerate(gathered([0])) if flag]
+    if failed:
+        raise RuntimeError(f"process {failed} failed: see its own message")
+
+
+def _device() -> torch.device:
+    """Where tensors must be to be sent."""
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if dist.get_backend() == "nccl"
+        else torch.device("cpu")
+    )

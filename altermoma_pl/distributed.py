@@ -45,7 +45,10 @@ def is_sharded(tensors: Iterable[Tensor]) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """The rows that this process holds, in the same memory; all of a tensor that is not sharded."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local()
 
 
 def like(rows: Tensor, reference: Tensor) -> Tensor:
@@ -142,8 +145,4 @@ def together() -> Iterator[None]:
 
 def _device() -> torch.device:
     """Where tensors must be to be sent."""
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if dist.get_backend() == "nccl"
-        else torch.device("cpu")
-    )
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from altermoma_pl.distributed import like, local
+
 _NORMS = (nn.modules.batchnorm._NormBase,)
 _DROPOUTS = (nn.modules.dropout._DropoutNd, nn.MultiheadAttention)
 # Stochastic depth has no class in torch; these are the names that it goes by.
@@ -171,23 +173,28 @@ def _remember_all(values: Iterable[Any], depth: int) -> Callable[[], None]:
 def _remember_tensor(tensor: Tensor) -> Callable[[], None]:
     if tensor.layout != torch.strided:
         return _nothing
-    storage = tensor.detach()  # the same memory, even if user code points `tensor.data` elsewhere
+    storage = local(tensor).detach()  # the same memory, even if user code points `tensor.data` elsewhere
     content = storage.clone()
 
     @torch.no_grad()
     def bring_back() -> None:
-        if tensor.data_ptr() != storage.data_ptr():
-            tensor.data = storage
+        if local(tensor).data_ptr() != storage.data_ptr():
+            tensor.data = like(storage, tensor)
         if not _same_bits(storage, content):
             storage.copy_(content)
 
     return bring_back
 
 
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
 def _same_bits(one: Tensor, other: Tensor) -> bool:
     """Unlike `torch.equal`, NaN is the same as itself and -0 is not the same as 0."""
-    first, second = (t.contiguous().view(-1).view(torch.uint8) for t in (one, other))
-    return torch.equal(first, second)
+    if one.is_complex():
+        one, other = torch.view_as_real(one), torch.view_as_real(other)
+    integer = _INTEGERS[one.element_size()]  # of the same size: a view, whatever the strides
+    return torch.equal(one.view(integer), other.view(integer))
 
 
 def _nothing() -> None:

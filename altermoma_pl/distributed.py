@@ -12,7 +12,8 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 
@@ -34,13 +35,21 @@ def is_sharded(tensors: Iterable[Tensor]) -> bool:
     """
     shards = [t for t in tensors if isinstance(t, DTensor)]
     for shard in shards:
-        if shard.device_mesh.ndim != 1 or shard.placements != (Shard(0),):
+        mesh = shard.device_mesh
+        if mesh.ndim != 1 or mesh.size() != num_processes() or shard.placements != (Shard(0),):
             raise ValueError(
-                f"a parameter of shape {tuple(shard.shape)} is divided as {shard.placements} over a mesh of "
-                f"{shard.device_mesh.ndim} dimensions: only rows over one dimension can be pruned, as "
-                f"fully_shard(module, mesh=mesh_1d) makes them"
+                f"a parameter of shape {tuple(shard.shape)} is divided as {shard.placements} over {mesh}, "
+                f"but only rows that are divided over all {num_processes()} processes can be pruned: use "
+                f"fully_shard with one mesh of one dimension, without tensor parallelism"
             )
     return bool(shards)
+
+
+def reshard_(model: nn.Module) -> None:
+    """Let go of rows of other processes; a forward pass without a backward leaves them gathered."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def local(tensor: Tensor) -> Tensor:

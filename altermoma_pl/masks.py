@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from altermoma_pl.distributed import full, is_sharded, local, sharded_like, sums
+
 
 class Masks(Mapping[str, Tensor]):
     """Parameter name -> boolean tensor of the parameter's shape, True = keep.
 
+    Masks of sharded parameters are sharded alike (`DTensor`). Counts are then those of all processes,
+    and the first that is asked for must be asked for by all of them.
+
     Args:
-        masks: The tensors by parameter name; not copied.
+        masks: The tensors by parameter name; not copied, and not to be changed.
 
     Raises:
         TypeError: If a name is not a string or a mask is not a boolean tensor.
@@ -55,6 +62,13 @@ class Masks(Mapping[str, Tensor]):
     def __repr__(self) -> str:
         return f"Masks({len(self)} tensors, {self.num_kept} of {self.num_weights} weights kept)"
 
+    @cached_property
+    def counts(self) -> dict[str, int]:
+        """Parameter name -> number of its weights that stay."""
+        own = [int(local(mask).count_nonzero()) for mask in self._masks.values()]
+        counts = [int(n) for n in sums(own)] if self.sharded else own
+        return dict(zip(self._masks, counts, strict=True))
+
     @property
     def num_weights(self) -> int:
         """Number of masked weights, kept or not."""
@@ -63,16 +77,32 @@ class Masks(Mapping[str, Tensor]):
     @property
     def num_kept(self) -> int:
         """Number of weights that stay."""
-        return sum(int(mask.count_nonzero()) for mask in self._masks.values())
+        return sum(self.counts.values())
 
     @property
     def sparsity(self) -> float:
         """Share of zeros in [0, 1]."""
         return 1 - self.num_kept / self.num_weights
 
+    @property
+    def sharded(self) -> bool:
+        """Whether this process holds only some rows of each mask."""
+        return is_sharded(self._masks.values())
+
+    @property
+    def digest(self) -> bytes:
+        """32 bytes that tell masks apart: of every bit, or of the counts where masks are sharded."""
+        digest = hashlib.sha256(repr(self.counts).encode())
+        if not self.sharded:
+            for mask in self._masks.values():
+                digest.update(_pack(mask).cpu().numpy().tobytes())
+        return digest.digest()
+
     def is_subset_of(self, other: Masks) -> bool:
         """Whether everything kept here is also kept in `other`, for the same parameters."""
-        return self.keys() == other.keys() and all(bool((~m | other[n]).all()) for n, m in self.items())
+        return self.keys() == other.keys() and all(
+            bool((~local(mask) | local(other[name])).all()) for name, mask in self.items()
+        )
 
     def check_fits(self, model: nn.Module) -> None:
         """Raise a `ValueError` if a masked parameter is missing in `model` or has another shape."""
@@ -91,7 +121,8 @@ class Masks(Mapping[str, Tensor]):
         """Set the pruned weights of `model` to zero, in place."""
         parameters = dict(model.named_parameters())
         for name, mask in self.items():
-            parameters[name].masked_fill_(~mask, 0)  # not a product: infinity times 0 is NaN
+            # Not a product: infinity times 0 is NaN.
+            local(parameters[name]).masked_fill_(~local(mask), 0)
 
     @torch.no_grad()
     def mask_gradients_(self, model: nn.Module) -> None:
@@ -100,16 +131,19 @@ class Masks(Mapping[str, Tensor]):
         for name, mask in self.items():
             gradient = parameters[name].grad
             if gradient is not None:
-                gradient.masked_fill_(~mask, 0)
+                local(gradient).masked_fill_(~local(mask), 0)
 
     def to(self, model: nn.Module) -> Masks:
-        """The same masks, each on the device of its parameter in `model`."""
+        """The same masks, each on the device of its parameter in `model`, and sharded as that is."""
         parameters = dict(model.named_parameters())
-        return Masks({name: mask.to(parameters[name].device) for name, mask in self.items()})
+        return Masks({name: _placed(mask, parameters[name]) for name, mask in self.items()})
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """One bit per weight: parameter name -> `{"shape": list, "bits": uint8 tensor on the CPU}`."""
-        return {name: {"shape": list(mask.shape), "bits": _pack(mask.cpu())} for name, mask in self.items()}
+        """One bit per weight: parameter name -> `{"shape": list, "bits": uint8 tensor on the CPU}`.
+
+        All rows, whatever this process holds; sharded masks must be asked by all processes.
+        """
+        return {name: {"shape": list(mask.shape), "bits": _all_bits(mask)} for name, mask in self.items()}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Mapping[str, Any]]) -> Masks:
@@ -126,11 +160,19 @@ class Masks(Mapping[str, Tensor]):
         return cls(masks)
 
 
+def _placed(mask: Tensor, parameter: Tensor) -> Tensor:
+    return mask.to(parameter.device) if is_sharded([mask]) else sharded_like(mask, parameter)
+
+
+def _all_bits(mask: Tensor) -> Tensor:
+    return _pack(full(mask.to(torch.uint8)).bool().cpu() if is_sharded([mask]) else mask.cpu())
+
+
 def _pack(mask: Tensor) -> Tensor:
     """Eight booleans to a byte, the first in the lowest bit."""
     flat = mask.flatten().to(torch.uint8)
     padded = torch.cat([flat, flat.new_zeros(-flat.numel() % 8)]).view(-1, 8)
-    return (padded << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+    return (padded << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
 
 
 def _unpack(name: str, bits: Tensor, shape: torch.Size) -> Tensor:

@@ -9,7 +9,8 @@ import altermoma_pl
 
 ROOT = "altermoma_pl"
 LAYERS = [  # lowest first; a file of a folder that is not named belongs to its folder
-    {"modality", "masks", "schedules", "distributed", "metrics"},
+    {"distributed"},
+    {"modality", "masks", "schedules", "metrics"},
     {"contexts", "sparsity"},
     {"criteria.base", "criteria.components", "criteria.options", "criteria.graph"},
     {"criteria.simple", "criteria.reactivation", "criteria.linearized", "criteria.combination"},

@@ -103,6 +103,12 @@ def sums(values: Sequence[float]) -> list[float]:
     return [float(x) for x in sum_(torch.tensor(values, dtype=torch.float64, device=_device())).tolist()]
 
 
+def total(tensor: Tensor) -> float:
+    """The sum of all elements, in float64; of a sharded tensor those of all processes."""
+    own = float(local(tensor).sum(dtype=torch.float64))
+    return sums([own])[0] if isinstance(tensor, DTensor) else own
+
+
 def gathered(values: Sequence[int]) -> list[list[int]]:
     """The whole numbers of each process, in the order of processes."""
     if num_processes() == 1:
@@ -134,22 +140,27 @@ def check_same(digest: bytes, what: str) -> None:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def together(expected: type[Exception]) -> Iterator[None]:
     """An error inside, in one process, ends all of them: none waits for a process that has failed.
 
     Inside, processes must not wait for each other.
 
+    Args:
+        expected: The kind of error that callers know how to deal with.
+
     Raises:
-        RuntimeError: If another process has failed; its own error says why.
+        expected: If another process has failed with such an error.
+        RuntimeError: If another process has failed otherwise; its own error says why.
     """
     try:
         yield
-    except Exception:
-        gathered([1])
+    except Exception as error:
+        gathered([1 if isinstance(error, expected) else 2])
         raise
-    failed = [process for process, (flag,) in enumerate(gathered([0])) if flag]
-    if failed:
-        raise RuntimeError(f"process {failed} failed: see its own message")
+    failures = {process: kind for process, (kind,) in enumerate(gathered([0])) if kind}
+    if failures:
+        kind = RuntimeError if 2 in failures.values() else expected
+        raise kind(f"process {list(failures)} failed, so this one cannot go on: see its message")
 
 
 def _device() -> torch.device:

@@ -11,16 +11,20 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from altermoma_pl.contexts import deactivated, noise_free, restored
 from altermoma_pl.criteria.base import Calibration, Criterion, Scores
 from altermoma_pl.criteria.combination import (
+    Level,
     Normalization,
+    at_level,
     check_contribution,
-    divided_by_group,
+    discount,
+    group_divisors,
     leading,
+    live_counts,
+    plain,
     redundancy,
     tensor_means,
 )
@@ -35,8 +39,6 @@ from altermoma_pl.criteria.reactivation import (
 )
 from altermoma_pl.masks import Masks
 from altermoma_pl.modality import SHARED
-
-_SMALLEST_RATIO = 1e-6  # a negative exponent must not make scores infinite
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,8 @@ class AlterEva(Criterion):
             mean over its "tensor", which is less noisy.
         normalization: What L (and with "subtract" R) is divided by in each group: the "mean" or the
             "sum" over its live weights, or "none". The sum favours small groups.
-        num_probe_batches: Held-out batches for gradients, K.
-        num_reactivation_steps: Training batches for reactivation, B, one step each.
+        num_probe_batches: Held-out batches for gradients, K; several processes share them.
+        num_reactivation_steps: Steps of reactivation, B, one training batch each, of every process.
         learning_rate: Of reactivation.
         optimizer: Of reactivation: "sgd", without momentum, or "adam"; neither decays weights.
         gradient_clip: Largest norm of the gradient in a reactivation step; None for no limit.
@@ -91,7 +93,7 @@ class AlterEva(Criterion):
     reduction: Literal["mean_of_abs", "abs_of_mean"] = "mean_of_abs"
     magnitude_share: float = 0.5
     combination: Literal["subtract", "discount"] = "discount"
-    redundancy_level: Literal["weight", "tensor"] = "tensor"
+    redundancy_level: Level = "tensor"
     normalization: Normalization = "none"
     num_probe_batches: int = 64
     num_reactivation_steps: int = 100
@@ -100,6 +102,8 @@ class AlterEva(Criterion):
     gradient_clip: float | None = None
     noise: Literal["suppressed", "as_is"] = "suppressed"  # not "off": YAML reads that as false
     second_probe: Literal["same", "fresh"] = "same"
+
+    shardable = True
 
     def __post_init__(self) -> None:
         if isinstance(self.beta, str) and self.beta != "auto":
@@ -155,28 +159,30 @@ class AlterEva(Criterion):
             ValueError: If a loader is empty, a loss is no finite scalar with a gradient, or a gradient
                 is not finite.
         """
-        model, losses, reri = calibration.model, {}, {}
+        model, reri = calibration.model, {}
+        losses = dict.fromkeys(["all"], 0.0)  # the first entry, although it is measured last
         # The state to come back to has the layers quiet already, hence this order.
         with noise_free(model) if self.noise == "suppressed" else nullcontext(), restored(model) as reset:
-            absolute = self.reduction == "mean_of_abs"
-            losses["all"], gradients = mean_gradients(
-                calibration,
-                calibration.weights,
-                self.num_probe_batches,
-                "contribution",
-                absolute=absolute,
-            )
-            deci = _times_weight(gradients, calibration)
             for modality in calibration.groups:
                 if modality == SHARED:
                     continue
-                reset()
                 with deactivated(model, calibration.groups[modality]):
                     before, after, change = self._reactivation(calibration, modality)
                 losses[f"without_{modality}"] = before
                 losses[f"without_{modality}_reactivated"] = after
                 reset()
-                reri[modality] = _times_weight(change, calibration)
+                reri[modality] = self._redundancy(change, calibration)
+                del change
+            # Last, because training of the rest needs the most memory.
+            losses["all"], gradients = mean_gradients(
+                calibration,
+                calibration.weights,
+                self.num_probe_batches,
+                "contribution",
+                absolute=self.reduction == "mean_of_abs",
+            )
+            deci = _times_weight_(gradients, calibration)
+            reset()
             magnitude = {name: w.detach().abs() for name, w in calibration.weights.items()}
         return Components(deci, reri, dict(calibration.group_of), losses, magnitude)
 
@@ -195,29 +201,28 @@ class AlterEva(Criterion):
         """
         beta = self._fixed_beta()
         check_contribution(components, masks)
-        group_of = components.group_of
+        live, group_of = live_counts(components.deci, masks), components.group_of
         first = leading(components, self.magnitude_share)
-        lead = divided_by_group(first, group_of, self.normalization, masks)
+        divisors = group_divisors(first, group_of, self.normalization, live)
         if self.combination == "subtract":
-            r = self._at_level(redundancy(components, self.normalization, masks), masks)
-            scores = {name: self.alpha * each - beta * r[name] for name, each in lead.items()}
+            second = at_level(redundancy(components, self.normalization, live), self.redundancy_level, live)
         else:
-            share = self._discount(components, beta, masks)
-            scores = {name: each * share[name] for name, each in lead.items()}
+            second = discount(components, self.alpha, beta, self.redundancy_level, live)
+        scores = {}
+        for name in first:
+            lead, other = first[name] / (divisors[group_of[name]] or 1.0), plain(second[name])
+            subtract = self.combination == "subtract"
+            scores[name] = self.alpha * lead - beta * other if subtract else lead * other
         if masks is None:
             return scores
-        return {name: s.masked_fill(~masks[name].to(s.device), -torch.inf) for name, s in scores.items()}
+        return {name: s.masked_fill_(~masks[name].to(s.device), -math.inf) for name, s in scores.items()}
 
-    def _discount(self, components: Components, beta: float, masks: Masks | None) -> Scores:
-        """The share min(1, alpha d / r)^beta."""
-        d = self._at_level(divided_by_group(components.deci, components.group_of, "mean", masks), masks)
-        r = self._at_level(redundancy(components, "mean", masks), masks)
-        # Where r is 0 nothing is redundant, also where d is 0.
-        ratio = {name: torch.where(r[name] > 0, self.alpha * d[name] / r[name], 1.0) for name in d}
-        return {name: each.clamp(_SMALLEST_RATIO, 1) ** beta for name, each in ratio.items()}
-
-    def _at_level(self, values: Scores, masks: Masks | None) -> Scores:
-        return tensor_means(values, masks) if self.redundancy_level == "tensor" else values
+    def _redundancy(self, change: Gradients, calibration: Calibration) -> dict[str, Tensor]:
+        """R_i from the change of gradients, at the weights that the model has now."""
+        reri = _times_weight_(change, calibration)
+        if self.redundancy_level == "weight":
+            return reri
+        return tensor_means(reri, live_counts(reri, calibration.masks))
 
     def _fixed_beta(self) -> float:
         if self.beta == "auto":
@@ -253,6 +258,6 @@ class AlterEva(Criterion):
         return before, after, change
 
 
-def _times_weight(gradients: Gradients, calibration: Calibration) -> dict[str, Tensor]:
-    """|theta_i * x_i| at the weights that the model has now."""
-    return {name: (calibration.weights[name].detach() * g).abs() for name, g in gradients.items()}
+def _times_weight_(gradients: Gradients, calibration: Calibration) -> dict[str, Tensor]:
+    """|theta_i * x_i| at the weights that the model has now, in place."""
+    return {n: g.mul_(calibration.weights[n].detach()).abs_() for n, g in gradients.items()}

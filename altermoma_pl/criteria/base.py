@@ -8,11 +8,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
+from altermoma_pl.criteria.finite import NonFiniteError, OnNonFinite, check_gradients, check_loss
+from altermoma_pl.distributed import all_agree, is_sharded, num_processes, reshard_
 from altermoma_pl.masks import Masks
 from altermoma_pl.modality import Modalities, check_prunable, group_of, prunable
 
@@ -23,8 +25,7 @@ LossFunction = Callable[[nn.Module, Any], Tensor]
 """`loss_fn(model, batch)` returns a scalar that depends on the model's parameters."""
 
 
-class NonFiniteLossError(ValueError):
-    """The loss of a batch is infinite or not a number."""
+T = TypeVar("T")
 
 
 Progress = Callable[[str, int, int | None], None]
@@ -47,6 +48,9 @@ def no_progress(phase: str, done: int, total: int | None) -> None:
 class Calibration:
     """The model to prune and the batches on which its weights are judged.
 
+    Where several processes of `torch.distributed` run, each has batches of its own, all of them score, and
+    what is measured is the mean over the batches of all.
+
     Args:
         model: The model; a criterion leaves it as it was, bit for bit.
         loss_fn: Loss of the model on a batch, a scalar.
@@ -58,10 +62,13 @@ class Calibration:
         masks: What is pruned already; the model's pruned weights are zero.
         seed: For criteria and loaders that draw random numbers.
         progress: Called with a phase, the number of its batches done and their total if known.
+        on_nonfinite: Whether a batch whose loss or gradient is not finite is an error, "raise", or left out
+            and counted, "skip".
 
     Raises:
         ValueError: If a pattern matches nothing, modalities overlap, a modality has no weight to prune,
-            or the masks are not those of the prunable weights.
+            the masks are not those of the prunable weights, or some weights are sharded over processes
+            and others are not.
     """
 
     model: nn.Module
@@ -73,11 +80,25 @@ class Calibration:
     masks: Masks | None = None
     seed: int = 0
     progress: Progress = field(default=no_progress, repr=False)
+    on_nonfinite: OnNonFinite = "raise"
+    num_skipped: int = field(default=0, init=False)
+    """Batches that were left out so far."""
 
     def __post_init__(self) -> None:
+        if self.on_nonfinite not in get_args(OnNonFinite):
+            raise ValueError(
+                f"on_nonfinite must be one of {list(get_args(OnNonFinite))}, got {self.on_nonfinite!r}"
+            )
+        reshard_(self.model)  # so that parameters are what optimizers know
         if not isinstance(self.modalities, Modalities):
             self.modalities = Modalities(self.modalities)
         check_prunable(self.groups, self.weights)
+        if self.sharded:
+            whole = [name for name, weight in self.weights.items() if not is_sharded([weight])]
+            if whole:
+                raise ValueError(
+                    f"{whole} are not sharded while others are: apply fully_shard to their module"
+                )
         if self.masks is not None:
             self.masks.check_fits(self.model)
             if self.masks.keys() != self.weights.keys():
@@ -104,13 +125,56 @@ class Calibration:
         groups = group_of(self.groups)
         return {name: groups[name] for name in self.weights}
 
+    @cached_property
+    def sharded(self) -> bool:
+        """Whether each process holds only some rows of every parameter."""
+        return is_sharded(self.model.parameters())
+
+    @property
+    def lockstep(self) -> bool:
+        """Whether processes wait for each other within a pass, so that all must take the same passes."""
+        synchronised = (m.training for m in self.model.modules() if isinstance(m, nn.SyncBatchNorm))
+        return num_processes() > 1 and (self.sharded or any(synchronised))
+
     def probes(self, count: int, phase: str, skip: int = 0) -> Iterator[tuple[str, Any]]:
-        """Up to `count` probe batches, each with a label for messages, after the first `skip`."""
-        return self._take(self.probe_batches, "probe", count, phase, skip)
+        """Up to `count` probe batches, each with a label for messages, after the first `skip`.
+
+        With several processes each takes its share of the count, rounded up.
+        """
+        count, skip = (-(-number // num_processes()) for number in (count, skip))
+        return self._take(self.probe_batches, "probe", count, phase, skip, self.lockstep)
 
     def trainings(self, count: int, phase: str) -> Iterator[tuple[str, Any]]:
-        """Up to `count` training batches, each with a label for messages."""
-        return self._take(self.training_batches, "training", count, phase, 0)
+        """Up to `count` training batches, each with a label for messages.
+
+        With several processes one step of training takes a batch of each.
+        """
+        return self._take(self.training_batches, "training", count, phase, 0, num_processes() > 1)
+
+    def finite(
+        self,
+        batches: Iterable[tuple[str, Any]],
+        measure: Callable[[str, Any], T],
+        lockstep: bool | None = None,
+    ) -> Iterator[T]:
+        """What `measure` gives for each labelled batch; one that is not finite is an error or left out.
+
+        Raises:
+            NonFiniteError: If `measure` raises it and `on_nonfinite` is "raise".
+        """
+        lockstep = self.lockstep if lockstep is None else lockstep
+        for label, batch in batches:
+            result, error = None, None
+            try:
+                result = measure(label, batch)
+            except NonFiniteError as found:
+                error = found
+            if all_agree(error is None) if lockstep else error is None:
+                yield result  # type: ignore[misc]
+            elif self.on_nonfinite == "skip":
+                self.num_skipped += 1
+            else:
+                raise error or NonFiniteError(f"{label} of another process is not finite: see its message")
 
     def loss(self, label: str, batch: Any) -> Tensor:
         """The loss on a batch, a scalar, checked.
@@ -118,56 +182,81 @@ class Calibration:
         Raises:
             TypeError: If the loss function returns no tensor.
             ValueError: If the loss is not a scalar.
-            NonFiniteLossError: If the loss is not finite.
+            NonFiniteError: If the loss is not finite.
         """
-        loss = self.loss_fn(self.model, batch)
-        if not isinstance(loss, Tensor):
-            raise TypeError(f"the loss of {label} must be a tensor, got {type(loss).__name__}")
-        if loss.numel() != 1:
-            raise ValueError(f"the loss of {label} must be a scalar, got shape {tuple(loss.shape)}")
-        if not torch.isfinite(loss).all():
-            raise NonFiniteLossError(
-                f"the loss of {label} is {loss.item()}: check the batch, or lower the learning rate "
-                f"of the criterion if it happened after steps of training"
-            )
-        return loss.reshape(())
+        loss = self._scalar(label, batch)
+        check_loss(label, loss)
+        return loss
 
     def gradients(
         self, label: str, batch: Any, of: Mapping[str, nn.Parameter], create_graph: bool = False
     ) -> tuple[float, dict[str, Tensor]]:
         """The loss on a batch and its gradients; parameters that it does not reach are left out.
 
-        `.grad` is not touched and no hook on gradient accumulation fires. With `create_graph` the
-        gradients can be differentiated.
+        `.grad` is not touched and no hook on gradient accumulation fires, unless parameters are sharded:
+        then gradients are those of the mean loss over all processes. With `create_graph` the gradients
+        can be differentiated.
 
         Raises:
-            TypeError, ValueError: As `loss`, and if the loss has no gradient or one is not finite.
+            TypeError: As `loss`.
+            ValueError: If the loss is not a scalar or has no gradient.
+            NonFiniteError: If the loss or a gradient is not finite.
         """
-        loss = self.loss(label, batch)
+        loss = self._scalar(label, batch)
+        if not self.lockstep:  # else only after the backward pass, in which all processes take part
+            check_loss(label, loss)
         if not loss.requires_grad:
             raise ValueError(
                 f"the loss of {label} has no gradient: it is detached, computed without gradients, "
                 f"or depends on no trainable parameter"
             )
-        found = torch.autograd.grad(loss, list(of.values()), create_graph=create_graph, allow_unused=True)
+        if self.sharded:
+            found = self._backward(loss, list(of.values()))
+        else:
+            found = torch.autograd.grad(loss, list(of.values()), create_graph=create_graph, allow_unused=True)
         gradients = {name: g for name, g in zip(of, found, strict=True) if g is not None}
-        for name, gradient in gradients.items():
-            if not torch.isfinite(gradient).all():
-                raise ValueError(f"the gradient of {name!r} on {label} is not finite")
+        del found
+        check_loss(label, loss)
+        check_gradients(label, gradients)
         return float(loss.detach()), gradients
 
+    def _scalar(self, label: str, batch: Any) -> Tensor:
+        loss = self.loss_fn(self.model, batch)
+        if not torch.is_grad_enabled():
+            reshard_(self.model)
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"the loss of {label} must be a tensor, got {type(loss).__name__}")
+        if loss.numel() != 1:
+            raise ValueError(f"the loss of {label} must be a scalar, got shape {tuple(loss.shape)}")
+        return loss.reshape(())
+
+    def _backward(self, loss: Tensor, of: list[nn.Parameter]) -> tuple[Tensor | None, ...]:
+        """Gradients as `fully_shard` makes them: in the backward pass itself, the mean over processes."""
+        saved = [(parameter, parameter.grad) for parameter in self.model.parameters()]
+        for parameter, _ in saved:
+            parameter.grad = None
+        try:
+            loss.backward()  # type: ignore[no-untyped-call]
+            return tuple(parameter.grad for parameter in of)
+        finally:
+            for parameter, gradient in saved:
+                parameter.grad = gradient
+
     def _take(
-        self, batches: Iterable[Any], kind: str, count: int, phase: str, skip: int
+        self, batches: Iterable[Any], kind: str, count: int, phase: str, skip: int, lockstep: bool
     ) -> Iterator[tuple[str, Any]]:
         length = known_length(batches)
         total = None if length is None else min(count, max(0, length - skip))
-        done = 0
-        for index, batch in enumerate(itertools.islice(batches, skip, skip + count), start=skip):
+        done, own = 0, enumerate(itertools.islice(batches, skip, skip + count), start=skip)
+        while True:
+            index, batch = next(own, (-1, None))
+            if not (all_agree(index >= 0) if lockstep else index >= 0):
+                break
             self.progress(phase, done, total)
             yield f"{kind} batch {index}", batch
             done += 1
         self.progress(phase, done, done)
-        if done == 0:
+        if done == 0 and (lockstep or num_processes() == 1):
             after = f" after the first {skip}" if skip else ""
             raise ValueError(
                 f"the {kind} loader gives no batch{after}: at least one is needed to score weights"
@@ -183,11 +272,15 @@ class Criterion(ABC):
     """Scores weights: which matter, knowing nothing of how many will stay.
 
     A criterion of your own derives from this class and is named in YAML by its `class_path`. It must
-    leave the model as it was, for example by working inside `restored(calibration.model)`.
+    leave the model as it was, for example by working inside `restored(calibration.model)`. Where several
+    processes run, the callback takes the mean over processes of what `score` returns.
     """
 
     uses_batches = True  # no annotation: it is no option, and jsonargparse cannot resolve ClassVar
     """Whether scores depend on batches; if not, no held-out loader is needed."""
+
+    shardable = False
+    """Whether parameters may be sharded over processes, as `DTensor`; scores are sharded alike then."""
 
     @abstractmethod
     def score(self, calibration: Calibration) -> Scores:

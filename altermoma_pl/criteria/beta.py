@@ -10,8 +10,9 @@ from contextlib import nullcontext
 
 from altermoma_pl.contexts import noise_free, restored
 from altermoma_pl.criteria.altereva import AlterEva
-from altermoma_pl.criteria.base import Calibration, NonFiniteLossError, Scores
+from altermoma_pl.criteria.base import Calibration, Scores
 from altermoma_pl.criteria.components import Components
+from altermoma_pl.criteria.finite import NonFiniteError
 from altermoma_pl.criteria.reactivation import mean_loss
 from altermoma_pl.masks import Masks
 
@@ -64,5 +65,5 @@ def choose_beta(
 def _loss(calibration: Calibration, count: int, phase: str) -> float:
     try:
         return mean_loss(calibration, count, phase)
-    except NonFiniteLossError:
+    except NonFiniteError:
         return math.inf

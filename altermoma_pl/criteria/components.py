@@ -18,7 +18,8 @@ class Components:
     Args:
         deci: Parameter name -> D_i, the contribution with all modalities active (eq. 6).
         reri: Deactivated modality -> parameter name -> R_i, the redundancy that it reactivates in the
-            parameters of all other groups (eq. 10, 26, 34, 35).
+            parameters of all other groups (eq. 10, 26, 34, 35); or the mean over the tensor's live weights,
+            a tensor without dimensions, where the criterion judges whole tensors.
         group_of: Parameter name -> its modality or "shared".
         losses: Mean loss over the probe batches: "all", and for each modality m
             "without_m" and "without_m_reactivated" (eq. 4 and 7).

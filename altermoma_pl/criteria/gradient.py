@@ -28,6 +28,8 @@ class SNIP(Criterion):
 
     num_probe_batches: int = 64
 
+    shardable = True
+
     def __post_init__(self) -> None:
         check_options(self, num_probe_batches=1)
 
@@ -54,6 +56,8 @@ class Taylor(Criterion):
     """
 
     num_probe_batches: int = 64
+
+    shardable = True
 
     def __post_init__(self) -> None:
         check_options(self, num_probe_batches=1)

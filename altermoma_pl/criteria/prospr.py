@@ -13,7 +13,7 @@ from altermoma_pl.contexts import noise_free, restored, seed_generators
 from altermoma_pl.criteria.base import Calibration, Criterion, Scores
 from altermoma_pl.criteria.curvature import hessian_product
 from altermoma_pl.criteria.options import check_options
-from altermoma_pl.criteria.reactivation import Gradients, Weights, mean_gradients
+from altermoma_pl.criteria.reactivation import Gradients, Weights, mean_gradients, mean_over_processes
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class ProsPr(Criterion):
                 copies = {name: p.detach().clone() for name, p in trained.items()}
                 steps.append(_Step(label, batch, copies))
             _, gradients = calibration.gradients(label, batch, trained)
-            gradients = _alive(gradients, calibration)
+            gradients = _alive(mean_over_processes(calibration, gradients, trained), calibration)
             for name, buffer in buffers.items():
                 buffer.mul_(self.momentum)
                 if name in gradients:
@@ -123,6 +123,7 @@ class ProsPr(Criterion):
                 calibration, step.label, step.batch, trained, _alive(velocity, calibration),
                 "order='first_order'",
             )  # fmt: skip
+            products = mean_over_processes(calibration, products, trained)
             adjoint = {n: a + products[n] if n in products else a for n, a in adjoint.items()}
         return adjoint
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 
 from altermoma_pl.contexts import seed_generators
 from altermoma_pl.criteria.base import Calibration
+from altermoma_pl.criteria.finite import NonFiniteError
+from altermoma_pl.distributed import num_processes, sum_, together
+from altermoma_pl.distributed import sums as sums_of_processes
 
 Gradients = dict[str, Tensor]
 Weights = Mapping[str, nn.Parameter]
@@ -26,7 +30,7 @@ def mean_gradients(
     absolute: bool = False,
     measure: Measure | None = None,
 ) -> tuple[float, Gradients]:
-    """Mean loss and mean gradient (or mean absolute gradient) over probe batches.
+    """Mean loss and mean gradient (or mean absolute gradient) over probe batches of all processes.
 
     Args:
         calibration: The model and its batches.
@@ -34,24 +38,31 @@ def mean_gradients(
         count: Number of batches.
         phase: Told to whoever watches the progress.
         skip: Batches to pass over first.
-        absolute: The absolute value of each batch's gradient goes into the mean.
+        absolute: The absolute value of each batch's gradient goes into the mean. Where parameters are
+            sharded a batch is one of each process, since no process has the gradients of its own batch.
         measure: What to measure on each batch instead of the gradient.
     """
     seed_generators(calibration.seed)
     sums, losses = accumulators(of), []
-    for label, batch in calibration.probes(count, phase, skip):
-        loss, gradients = (measure or calibration.gradients)(label, batch, of)
-        losses.append(loss)
-        for name, gradient in gradients.items():
-            sums[name] += gradient.abs() if absolute else gradient
-    return _mean(losses), {name: total / len(losses) for name, total in sums.items()}
+    with _together(calibration):
+        batches = calibration.probes(count, phase, skip)
+        for loss, gradients in calibration.finite(
+            batches, lambda label, batch: (measure or calibration.gradients)(label, batch, of)
+        ):
+            losses.append(loss)
+            for name, gradient in gradients.items():
+                sums[name] += gradient.abs() if absolute else gradient
+    return _mean(losses), _means_(calibration, sums, len(losses))
 
 
 @torch.no_grad()
 def mean_loss(calibration: Calibration, count: int, phase: str) -> float:
-    """Mean loss over probe batches."""
+    """Mean loss over probe batches of all processes."""
     seed_generators(calibration.seed)
-    return _mean([float(calibration.loss(*labelled)) for labelled in calibration.probes(count, phase)])
+    with _together(calibration):
+        batches = calibration.probes(count, phase)
+        losses = list(calibration.finite(batches, lambda *labelled: float(calibration.loss(*labelled))))
+    return _mean(losses)
 
 
 def mean_change(
@@ -68,17 +79,22 @@ def mean_change(
     after = _copy(parameters)
     seed_generators(calibration.seed)
     sums, losses, later_losses = accumulators(of), [], []
-    for label, batch in calibration.probes(count, f"{phase}, reactivated"):
+
+    def both(label: str, batch: Any) -> tuple[float, Gradients, float, Gradients]:
         _load_(parameters, before)
-        loss, gradients = calibration.gradients(label, batch, of)
+        first = calibration.gradients(label, batch, of)
         _load_(parameters, after)
-        later_loss, later = calibration.gradients(label, batch, of)
-        losses.append(loss)
-        later_losses.append(later_loss)
-        for name in gradients.keys() | later.keys():
-            zero = torch.zeros_like(of[name])
-            sums[name] += (gradients.get(name, zero) - later.get(name, zero)).abs()
-    change = {name: total / len(losses) for name, total in sums.items()}
+        return *first, *calibration.gradients(label, batch, of)
+
+    with _together(calibration):
+        batches = calibration.probes(count, f"{phase}, reactivated")
+        for loss, gradients, later_loss, later in calibration.finite(batches, both):
+            losses.append(loss)
+            later_losses.append(later_loss)
+            for name in gradients.keys() | later.keys():
+                zero = torch.zeros_like(of[name])
+                sums[name] += (gradients.get(name, zero) - later.get(name, zero)).abs()
+    change = _means_(calibration, sums, len(losses))
     return _mean(losses), _mean(later_losses), change
 
 
@@ -106,9 +122,11 @@ def reactivate(
     }
     kind = torch.optim.Adam if optimizer == "adam" else torch.optim.SGD
     stepper = kind(trained.values(), lr=learning_rate)
-    for label, batch in calibration.trainings(num_steps, f"{modality} deactivated, reactivation"):
-        _, gradients = calibration.gradients(label, batch, trained)
-        for name, gradient in gradients.items():
+    for gradients in training_gradients(
+        calibration, trained, num_steps, f"{modality} deactivated, reactivation"
+    ):
+        for name in list(gradients):
+            gradient = gradients.pop(name)
             if calibration.masks is not None and name in calibration.masks:
                 gradient = gradient * calibration.masks[name]
             trained[name].grad = gradient
@@ -116,6 +134,28 @@ def reactivate(
             torch.nn.utils.clip_grad_norm_(trained.values(), gradient_clip)
         stepper.step()
         stepper.zero_grad(set_to_none=True)
+
+
+def training_gradients(calibration: Calibration, of: Weights, count: int, phase: str) -> Iterator[Gradients]:
+    """Gradients on up to `count` training batches; those of one step are the mean over all processes."""
+    steps = calibration.finite(
+        calibration.trainings(count, phase),
+        lambda label, batch: calibration.gradients(label, batch, of)[1],
+        lockstep=num_processes() > 1,
+    )
+    return (mean_over_processes(calibration, gradients, of) for gradients in steps)
+
+
+def mean_over_processes(calibration: Calibration, gradients: Gradients, of: Weights) -> Gradients:
+    """The mean over the batches of all processes; those of sharded parameters are that already."""
+    if num_processes() == 1 or calibration.sharded:
+        return gradients
+    mean = {}
+    for name, parameter in of.items():  # of all alike, also where the batch of one does not reach it
+        gradient = gradients.get(name)
+        copy = torch.zeros_like(parameter.detach()) if gradient is None else gradient.detach().clone()
+        mean[name] = sum_(copy.contiguous()).div_(num_processes())
+    return mean
 
 
 def accumulators(of: Weights) -> Gradients:
@@ -128,8 +168,25 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+@contextmanager
+def _together(calibration: Calibration) -> Iterator[None]:
+    """An error in one process is one in all, where they do not wait for each other within a pass."""
+    with nullcontext() if calibration.lockstep else together(NonFiniteError):
+        yield
+
+
 def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+    total, count = sums_of_processes([sum(values), len(values)])
+    if count == 0:
+        raise NonFiniteError("no probe batch is left: the loss or the gradient of each was not finite")
+    return total / count
+
+
+def _means_(calibration: Calibration, sums: Gradients, num_batches: int) -> Gradients:
+    """Divide sums over batches by their number, in place; both are those of all processes."""
+    if not calibration.sharded:
+        num_batches = int(sums_of_processes([num_batches])[0])
+    return {name: sum_(total).div_(num_batches) for name, total in sums.items()}
 
 
 def _copy(parameters: list[nn.Parameter]) -> list[Tensor]:

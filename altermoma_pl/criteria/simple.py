@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from altermoma_pl.criteria.base import Calibration, Criterion, Scores
+from altermoma_pl.distributed import sharded_like
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,7 @@ class Magnitude(Criterion):
     """The absolute value of the weight."""
 
     uses_batches = False
+    shardable = True
 
     def score(self, calibration: Calibration) -> Scores:
         """|theta| of every prunable weight."""
@@ -25,11 +27,12 @@ class Random(Criterion):
     """Independent draws from the standard normal distribution, repeatable by the calibration's seed."""
 
     uses_batches = False
+    shardable = True
 
     def score(self, calibration: Calibration) -> Scores:
         """The same draws for the same seed, on any device."""
         generator = torch.Generator().manual_seed(calibration.seed)
         return {
-            name: torch.randn(weight.shape, generator=generator).to(weight.device)
+            name: sharded_like(torch.randn(weight.shape, generator=generator), weight)
             for name, weight in calibration.weights.items()
         }

@@ -14,6 +14,7 @@ from altermoma_pl.contexts import noise_free, restored
 from altermoma_pl.criteria.base import Calibration, Criterion, Scores
 from altermoma_pl.criteria.options import check_options
 from altermoma_pl.criteria.reactivation import accumulators, mean_loss
+from altermoma_pl.distributed import sum_
 
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
@@ -53,7 +54,7 @@ class Wanda(Criterion):
                 for layer in layers:
                     layer.register_forward_hook(_adder(squares[name]), with_kwargs=True)
             mean_loss(calibration, self.num_probe_batches, "inputs")
-        return {name: weights[name].detach().abs() * total.sqrt() for name, total in squares.items()}
+        return {name: weights[name].detach().abs() * sum_(total).sqrt() for name, total in squares.items()}
 
 
 def _owners(calibration: Calibration) -> dict[str, list[nn.Module]]:

@@ -11,7 +11,9 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
+
+from altermoma_pl.distributed import num_processes, rank
 
 ProbeLoader = Literal["auto", "calibration", "validation", "training"]
 
@@ -72,7 +74,7 @@ def probe_batches(trainer: Trainer, module: LightningModule, which: ProbeLoader)
     if calibration is not None:
         # It exists for scoring alone: only a fast_dev_run limits it, not limit_val_batches.
         limit = trainer.limit_val_batches if getattr(trainer, "fast_dev_run", False) else 1.0
-        return Batches(trainer, _as_list(calibration()), limit)
+        return Batches(trainer, [_own_share(loader) for loader in _as_list(calibration())], limit)
     if which == "calibration":
         raise ValueError(
             "loader='calibration' needs a method `calibration_dataloader()` on the datamodule or the "
@@ -114,6 +116,26 @@ class _Combined:
         return max(len(loader) for loader in self.combined.flattened)  # as it will be in this mode
 
 
+class _Share:
+    """Every n-th batch of a loader that all n processes have alike."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(_private(self.loader), rank(), None, num_processes())
+
+    def __len__(self) -> int:
+        return -(-(len(self.loader) - rank()) // num_processes())
+
+
+def _own_share(loader: Any) -> Any:
+    """The loader itself where it is divided among processes already, as the Trainer divides its own."""
+    sampler = getattr(loader, "sampler", None)
+    divided = num_processes() == 1 or isinstance(sampler, DistributedSampler)
+    return loader if divided else _Share(loader)
+
+
 def _calibration_hook(trainer: Trainer, module: LightningModule) -> Any:
     datamodule = getattr(trainer, "datamodule", None)
     return getattr(datamodule, "calibration_dataloader", getattr(module, "calibration_dataloader", None))
@@ -148,6 +170,8 @@ def _private(loader: Any) -> Any:
 
 def _generators(loader: Any) -> list[torch.Generator]:
     """The loader's own generators: its own, its sampler's, its batch sampler's; those of several loaders."""
+    if isinstance(loader, _Share):
+        return _generators(loader.loader)
     if isinstance(loader, _Combined):
         return [generator for part in loader.combined.flattened for generator in _generators(part)]
     owners = [loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pickle
 import sys
@@ -15,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 import altermoma_pl.figures as figures
 from altermoma_pl.callback import AlterMOMACallback
 from altermoma_pl.callback.state import PruningState
+from altermoma_pl.report import SparsityReport
 
 _DESCRIPTION = (
     "Train and prune a fusion model. `altermoma report CHECKPOINT` shows what a checkpoint of a pruned "
@@ -70,12 +72,15 @@ def main(args: list[str] | None = None) -> None:
     AlterMOMACLI(args=args)
 
 
-def load_pruning_state(path: str, trust: bool = False) -> PruningState:
-    """The callback's state in a Lightning checkpoint, checked against the checkpoint's weights.
+def load_pruning_states(path: str, trust: bool = False) -> dict[str, PruningState]:
+    """The callbacks' states in a Lightning checkpoint, checked against the checkpoint's weights.
 
     Args:
         path: The checkpoint.
         trust: Load objects other than tensors and builtins too, which can run code.
+
+    Returns:
+        Name of the callback, "" if it has none -> its state.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -93,18 +98,26 @@ def load_pruning_state(path: str, trust: bool = False) -> PruningState:
     except (EOFError, OSError, RuntimeError) as error:
         raise ValueError(f"{path} is no checkpoint, or only a part of one: {error!r}") from error
     callbacks = checkpoint.get("callbacks", {}) if isinstance(checkpoint, dict) else {}
-    found = [value for key, value in callbacks.items() if key.startswith(AlterMOMACallback.__name__)]
+    found = {key: value for key, value in callbacks.items() if key.startswith(AlterMOMACallback.__name__)}
     if not found:
         raise ValueError(
             f"{path} has no state of {AlterMOMACallback.__name__}: give a checkpoint that a Trainer with "
             f"this callback saved (this one has the callbacks {list(callbacks)})"
         )
-    state = PruningState.from_state_dict(found[0])
-    for name, mask in (state.masks or {}).items():
-        weight = checkpoint["state_dict"].get(name)
-        if weight is not None and weight[~mask].count_nonzero():
-            raise ValueError(f"{path}: {name!r} is not zero where its mask prunes it")
-    return state
+    states = {}
+    for key, value in found.items():
+        state = PruningState.from_state_dict(value)
+        for name, mask in (state.masks or {}).items():
+            weight = checkpoint["state_dict"].get(name)
+            if weight is not None and weight[~mask].count_nonzero():
+                raise ValueError(f"{path}: {name!r} is not zero where its mask prunes it")
+        states[key.partition("[")[2].removesuffix("]")] = state
+    return states
+
+
+def load_pruning_state(path: str, trust: bool = False) -> PruningState:
+    """The first of `load_pruning_states`, in most runs the only one."""
+    return next(iter(load_pruning_states(path, trust).values()))
 
 
 def _compare(arguments: list[str]) -> None:
@@ -134,14 +147,35 @@ def _report(arguments: list[str]) -> None:
     parser.add_argument("--trust", action="store_true", help="load a checkpoint that holds other objects")
     options = parser.parse_args(arguments)
     try:
-        state = load_pruning_state(options.checkpoint, options.trust)
-        report = state.report()
+        states = load_pruning_states(options.checkpoint, options.trust)
+        reports = {name: state.report() for name, state in states.items()}
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    text = {"table": report.to_text, "json": report.to_json, "csv": report.to_csv}[options.format]()
-    sys.stdout.write(text.rstrip() + "\n")
+    sys.stdout.write(_FORMATS[options.format](reports).rstrip() + "\n")
     if options.figures:
         if not figures.available():
             parser.error("--figures needs matplotlib: pip install 'altermoma-pl[plot]'")
-        drawn = figures.draw(report, state.events, state.components, state.masks)
-        figures.save(drawn, Path(options.figures))
+        for name, state in states.items():
+            drawn = figures.draw(reports[name], state.events, state.components, state.masks)
+            figures.save(drawn, Path(options.figures) / name)
+
+
+def _tables(reports: dict[str, SparsityReport]) -> str:
+    titles = {name: f"{name}: kept weights" if name else "Kept weights" for name in reports}
+    return "\n\n".join(report.to_text(titles[name]) for name, report in reports.items())
+
+
+def _jsons(reports: dict[str, SparsityReport]) -> str:
+    """One object, or with several callbacks one of objects by name."""
+    if len(reports) == 1:
+        return next(iter(reports.values())).to_json()
+    return json.dumps({name: json.loads(report.to_json()) for name, report in reports.items()}, indent=2)
+
+
+def _csvs(reports: dict[str, SparsityReport]) -> str:
+    """One table: no two callbacks prune the same layer."""
+    tables = [report.to_csv() for report in reports.values()]
+    return tables[0] + "".join(table.partition("\n")[2] for table in tables[1:])
+
+
+_FORMATS = {"table": _tables, "json": _jsons, "csv": _csvs}

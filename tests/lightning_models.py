@@ -115,13 +115,14 @@ def loader(num: int = 32, batch_size: int = 8, seed: int = 0, **options: Any) ->
 
 
 def pruner(**options: Any) -> AlterMOMACallback:
-    """The callback with one event at epoch 1 and a short scoring, unless said otherwise."""
+    """The callback with one event at epoch 1, a short scoring and its components, unless said otherwise."""
     defaults: dict[str, Any] = {
         "modalities": MODALITIES,
         "sparsity": 0.5,
         "schedule": OneShot(1),
         "criterion": short(),
         "figures": False,
+        "store_components": True,
     }
     return AlterMOMACallback(**{**defaults, **options})
 

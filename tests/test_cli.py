@@ -37,6 +37,7 @@ pruning:
   sparsity: 0.5
   criterion: {class_path: AlterEva, init_args: {num_probe_batches: 2, num_reactivation_steps: 2}}
   schedule: {class_path: OneShot, init_args: {epoch: 1}}
+  store_components: true
   figures: false
 """
 MINE = """

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from altermoma_pl import Components, Masks, SparsityReport, figures
-from altermoma_pl.callback import announcement
 from tests.test_report import GROUP_OF, MASKS, REPORT
 
 pytest.importorskip("matplotlib")
@@ -144,12 +143,12 @@ def test_many_modalities_have_colours_of_their_own():
 
 
 def test_without_matplotlib_nothing_is_drawn(monkeypatch, tmp_path):
-    from altermoma_pl.callback.state import PruningState
-    from tests.lightning_models import trainer
+    from tests.lightning_models import Fusion, fit, pruner
 
     assert figures.available()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert not figures.available()
-    state = PruningState(MASKS, GROUP_OF)
-    announcement.show_figures(trainer(), state, None, tmp_path / "out")
+    callback = pruner(figures=True, output_dir=str(tmp_path / "out"))
+    fit(Fusion(), callback)
+    assert len(callback.events) == 1
     assert list(tmp_path.iterdir()) == []

@@ -12,41 +12,85 @@ from lightning.pytorch.loggers import Logger
 import altermoma_pl.figures as figures
 from altermoma_pl.callback.state import PruningState
 from altermoma_pl.criteria import Components
+from altermoma_pl.report import SparsityReport
 
 
-def announce(trainer: Trainer, state: PruningState, seconds: float) -> None:
-    """Print one table and log the event's metrics; nothing in a barebones run."""
-    if trainer.barebones:
-        return
-    report, event = state.report(), state.events[-1]
-    beta = f", beta {event['beta']:g}" if "beta" in event else ""
-    _print(trainer, report.to_text(f"Pruned before epoch {event['epoch']} in {seconds:.1f} s{beta}"))
-    metrics = {"pruning/sparsity": report.sparsity, "pruning/seconds": seconds}
-    metrics |= {f"pruning/kept/{name}": share for name, share in event["kept"].items()}
-    metrics |= {f"pruning/loss/{name}": loss for name, loss in event["losses"].items()}
-    if "beta" in event:
-        metrics["pruning/beta"] = event["beta"]
-    for logger in trainer.loggers:
-        logger.log_metrics(metrics, step=trainer.global_step)
-
-
-def show_figures(
-    trainer: Trainer, state: PruningState, components: Components | None, folder: Path | None
+def announce(
+    trainer: Trainer,
+    state: PruningState,
+    components: Components | None,
+    seconds: float,
+    name: str | None,
+    output_dir: str | None,
+    with_figures: bool,
 ) -> None:
-    """Draw the event, to `folder` and to every logger that takes figures as TensorBoard's does.
+    """Print one table, log the event's metrics and draw it.
+
+    Nothing is printed and logged in a barebones run; only the first process does any of it.
+
+    Args:
+        trainer: The Trainer.
+        state: After the event.
+        components: What it measured, where the criterion has them.
+        seconds: How long it took.
+        name: Of the callback.
+        output_dir: Where figures go; None for the logger's folder.
+        with_figures: Whether to draw.
+    """
+    report = state.report()
+    folder = _folder(trainer, output_dir, name)  # asks all processes: before any of them returns
+    if not trainer.is_global_zero:
+        return
+    prefix = "pruning" if name is None else f"pruning/{name}"
+    if not trainer.barebones:
+        _tell(trainer, state, report, seconds, name)
+        _log(trainer, state, report, seconds, prefix)
+    if with_figures:
+        _draw(trainer, state, report, components, folder, prefix)
+
+
+def _tell(
+    trainer: Trainer, state: PruningState, report: SparsityReport, seconds: float, name: str | None
+) -> None:
+    event = state.events[-1]
+    who = "" if name is None else f"{name}: "
+    beta = f", beta {event['beta']:g}" if "beta" in event else ""
+    _print(trainer, report.to_text(f"{who}Pruned before epoch {event['epoch']} in {seconds:.1f} s{beta}"))
+
+
+def _log(trainer: Trainer, state: PruningState, report: SparsityReport, seconds: float, prefix: str) -> None:
+    event = state.events[-1]
+    metrics = {"sparsity": report.sparsity, "seconds": seconds}
+    metrics |= {f"kept/{group}": share for group, share in event["kept"].items()}
+    metrics |= {f"loss/{which}": loss for which, loss in event["losses"].items()}
+    if "beta" in event:
+        metrics["beta"] = event["beta"]
+    for logger in trainer.loggers:
+        logger.log_metrics({f"{prefix}/{k}": v for k, v in metrics.items()}, step=trainer.global_step)
+
+
+def _draw(
+    trainer: Trainer,
+    state: PruningState,
+    report: SparsityReport,
+    components: Components | None,
+    folder: Path | None,
+    prefix: str,
+) -> None:
+    """To `folder` and to every logger that takes figures as TensorBoard's does.
 
     Nothing is drawn without matplotlib, or where nobody would see it.
     """
     loggers = [each for each in trainer.loggers if callable(getattr(_experiment(each), "add_figure", None))]
     if state.masks is None or not (folder or loggers) or not figures.available():
         return
-    drawn = figures.draw(state.report(), state.events, components, state.masks)
+    drawn = figures.draw(report, state.events, components, state.masks)
     if folder is not None:
         figures.save(drawn, folder)
     for logger in loggers:
         for name, figure in drawn.items():
             _experiment(logger).add_figure(
-                f"pruning/{name}", figure, global_step=trainer.global_step, close=False
+                f"{prefix}/{name}", figure, global_step=trainer.global_step, close=False
             )
 
 
@@ -59,13 +103,14 @@ def _print(trainer: Trainer, text: str) -> None:
         sys.stdout.write(text + "\n")
 
 
-def folder_for(trainer: Trainer, output_dir: str | None) -> Path | None:
+def _folder(trainer: Trainer, output_dir: str | None, name: str | None) -> Path | None:
     """`output_dir`, or `pruning` in the logger's folder; None where nothing is to be written."""
     if trainer.barebones or getattr(trainer, "fast_dev_run", False):
         return None
     if output_dir is not None:
         return Path(output_dir)
-    return Path(trainer.log_dir) / "pruning" if trainer.loggers and trainer.log_dir else None
+    log_dir = trainer.log_dir
+    return Path(log_dir) / "pruning" / (name or "") if trainer.loggers and log_dir else None
 
 
 def _experiment(logger: Logger) -> Any:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from torch.optim import Optimizer
+from lightning.pytorch import LightningModule, Trainer
 
-from altermoma_pl.callback.announcement import announce, folder_for, show_figures
+from altermoma_pl.callback.announcement import announce
 from altermoma_pl.callback.checks import (
     Sparsity,
     check_long_enough,
@@ -19,31 +18,35 @@ from altermoma_pl.callback.checks import (
     check_zeros,
     warn_if_short,
 )
+from altermoma_pl.callback.copies import hold_everywhere_
 from altermoma_pl.callback.enforcement import Enforcement
+from altermoma_pl.callback.gradients import reads_gradients
 from altermoma_pl.callback.loaders import ProbeLoader
 from altermoma_pl.callback.loss import check_loss, loss_function
 from altermoma_pl.callback.rewinding import RewindPoint, check_rewindable
 from altermoma_pl.callback.scoring import Decision, check_batches, decide, scoring_batches, target_at
+from altermoma_pl.callback.several import callbacks_of, check_disjoint, check_name
 from altermoma_pl.callback.state import PruningState
-from altermoma_pl.criteria import AlterEva, Calibration, Components, Criterion, Scores
-from altermoma_pl.criteria.base import Progress, no_progress
+from altermoma_pl.callback.stateful import Stateful
+from altermoma_pl.criteria import AlterEva, Calibration, Criterion, Scores
+from altermoma_pl.criteria.base import no_progress
 from altermoma_pl.masks import Masks
 from altermoma_pl.modality import Modalities
-from altermoma_pl.report import SparsityReport
 from altermoma_pl.schedules import Cubic, Schedule
 from altermoma_pl.sparsity import Scope, top_k
 
 _NEVER = -1  # an epoch before any event of any schedule
 
 
-class AlterMOMACallback(Callback):
+class AlterMOMACallback(Stateful):
     """Scores the weights of a multi-sensor model and prunes them between epochs.
 
     An event of the schedule happens in `on_train_epoch_start`, before the first batch of its epoch:
     the weights are scored on held-out batches, ranked, masked, and the optimizers' moments of pruned
     weights set to zero. Scoring leaves the run as it was, bit for bit. From then on pruned
-    weights are set to zero after every optimizer step, and their gradients before clipping. Masks are
-    saved in the checkpoint, beside a plain `state_dict` that loads without this package.
+    weights are set to zero after every optimizer step, and their gradients before clipping; so are
+    averaged copies of the module that other callbacks hold. Masks are saved in the checkpoint, beside a
+    plain `state_dict` that loads without this package.
 
     The loss is the module's own: `pruning_loss(batch, batch_idx)` where the module has it, else
     `training_step`, with `self.log` silenced. Modules with manual optimization need `pruning_loss`.
@@ -72,8 +75,10 @@ class AlterMOMACallback(Callback):
         output_dir: Where reports and figures go; None for a folder `pruning` in the logger's directory,
             and nowhere without a logger.
         figures: Draw figures (needs matplotlib), to files and to TensorBoard where it is used.
-        store_components: Keep DeCI and ReRI of the latest event in checkpoints; they are about three
-            times as large as the prunable weights.
+        store_components: Keep DeCI and ReRI of the latest event, in memory and in checkpoints; they are
+            about four times as large as the prunable weights.
+        name: Tells several of these callbacks in one Trainer apart: in checkpoints, and in metrics and
+            folders (`pruning/NAME`). They must prune different weights.
 
     Raises:
         TypeError: If patterns are not strings.
@@ -93,8 +98,11 @@ class AlterMOMACallback(Callback):
         seed: int = 0,
         output_dir: str | None = None,
         figures: bool = True,
-        store_components: bool = True,
+        store_components: bool = False,
+        name: str | None = None,
     ) -> None:
+        check_name(name)
+        super().__init__(name)
         self.modalities = Modalities(modalities)
         self.sparsity = sparsity
         self.criterion = criterion
@@ -108,35 +116,7 @@ class AlterMOMACallback(Callback):
         self.figures = figures
         self.store_components = store_components
         check_options(self.modalities, sparsity, scope, min_density, loader)
-        self._state = PruningState()
-        self._enforcement: Enforcement | None = None
-        self._scoring_seconds = 0.0
-
-    # What a user may ask.
-
-    @property
-    def masks(self) -> Masks | None:
-        """What is pruned; None before fit."""
-        return self._state.masks
-
-    @property
-    def components(self) -> Components | None:
-        """DeCI and ReRI of the latest event, where the criterion has them."""
-        return self._state.components
-
-    @property
-    def events(self) -> list[dict[str, Any]]:
-        """One entry for each event, oldest first: epoch, sparsity, kept shares, losses, a beta if chosen."""
-        return self._state.events
-
-    @property
-    def scoring_seconds(self) -> float:
-        """Time spent in events by this process, in seconds; a resumed run counts from 0."""
-        return self._scoring_seconds
-
-    def report(self) -> SparsityReport:
-        """What is pruned where; a `ValueError` before fit."""
-        return self._state.report()
+        self._masks_gradients = False
 
     # When: Lightning's hooks, in the order in which they come.
 
@@ -155,25 +135,31 @@ class AlterMOMACallback(Callback):
         calibration = self._calibration(trainer, pl_module)
         if self._state.masks is not None:
             check_zeros(self._state.masks, calibration)
-        self._state.masks = (self._state.masks or Masks.dense(calibration.weights)).to(pl_module)
-        self._state.group_of = calibration.group_of
-        self._final_count()  # raises if floors or earlier masks leave no room for the last event
-        self._enforcement = Enforcement(pl_module, self._state.masks, trainer.optimizers)
+        masks = (self._state.masks or Masks.dense(calibration.weights)).to(pl_module)
+        for other in self._others(trainer):
+            check_disjoint(masks, other.masks or (), self.name, other.name)
+        state = replace(self._state, masks=masks, group_of=calibration.group_of)
+        self._final_count(state)  # raises if floors or earlier masks leave no room for the last event
+        self._state = state
+        self._enforcement = Enforcement(pl_module, masks, trainer.optimizers)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the schedule anew in a fit that starts anew; refuse what no event could mend."""
         if trainer.global_step == 0:
             self._state.last_event_epoch, self._state.rewind_point = -1, None
-        report, final_count = self.report(), self._final_count()
+        report, final_count = self.report(), self._final_count(self._state)
         if not _is_trial(trainer):
             check_not_late(self.schedule, trainer.current_epoch, report, final_count)
             if report.total.num_kept > final_count:
                 check_rewindable(self.schedule, self._state.rewind_point, trainer.current_epoch)
         if self.criterion.uses_batches:
             check_batches(trainer, pl_module, self.loader)
+        self._masks_gradients = reads_gradients(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score and prune if the schedule says so."""
+        if self._enforcement is not None:
+            self._enforcement.follow(trainer.optimizers)
         epoch = trainer.current_epoch
         if epoch <= self._state.last_event_epoch:
             return
@@ -191,45 +177,52 @@ class AlterMOMACallback(Callback):
         """Catch up: a resumed run may enter an epoch without its start hook."""
         self.on_train_epoch_start(trainer, pl_module)
 
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
-    ) -> None:
-        """Take pruned weights out of the gradient, before it is clipped."""
-        if self._enforcement is not None:
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take pruned weights out of the gradient, before anything clips it or measures it."""
+        if self._enforcement is not None and self._masks_gradients:
             self._enforcement.hold_gradients_()
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """By now averages have been exchanged with the weights: validate what will be saved."""
+        if batch_idx == 0 and dataloader_idx == 0:
+            self._hold(trainer, pl_module)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Never save masks and weights that disagree."""
-        if self._enforcement is not None:
-            self._enforcement.hold_()
+        self._hold(trainer, pl_module, checkpoint["state_dict"])
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let go of the optimizers, and say so if training ended before the last event."""
-        self._release()
-        warn_if_short(self.schedule, self.report(), self._final_count())
+        """Hold what training left in the module, averages too; say so if it ended before the last event."""
+        self._hold(trainer, pl_module)
+        report, final_count = self.report(), self._final_count(self._state)
+        if trainer.is_global_zero:
+            warn_if_short(self.schedule, report, final_count)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let go of the optimizers."""
+        """Undo half a step, or finish half an event; then let go of the optimizers."""
+        self._hold(trainer, pl_module)
         self._release()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Masks, schedule position, history and components."""
-        return self._state.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up a saved state; nothing is changed if it is damaged."""
-        self._state = PruningState.from_state_dict(state_dict)
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the optimizers."""
+        self._release()
 
     # What happens in an event.
 
     def _prune(self, trainer: Trainer, module: LightningModule, epoch: int) -> None:
-        enforcement = self._enforcement
-        if enforcement is None:
+        if self._enforcement is None:
             raise RuntimeError("AlterMOMACallback holds no masks: on_fit_start of this fit did not run")
         target = self._target(self.schedule.last_epoch if _is_trial(trainer) else epoch)
-        if enforcement.masks.sparsity > 0 and target == self._target(_NEVER):
+        if self.report().sparsity > 0 and target == self._target(_NEVER):
             self._state.last_event_epoch = epoch
             return  # a fit that goes on with a pruned model has nothing more to prune
         started = time.perf_counter()
@@ -237,23 +230,33 @@ class AlterMOMACallback(Callback):
         decision = self._decide(trainer, module, target)
         if self.schedule.rewinds_to is not None and self._state.rewind_point is not None:
             self._state.rewind_point.restore_(trainer, module)
-        enforcement.masks = decision.masks
-        self._state.record(decision, epoch, trainer.global_step, self.store_components)
+        state = replace(self._state, events=list(self._state.events))
+        state.record(decision, epoch, trainer.global_step, self.store_components)
+        self._state = state  # one assignment: whatever interrupts finds masks and their record
+        for callback in (self, *self._others(trainer)):  # rewinding brought back what others had pruned
+            callback._hold(trainer, module)
         seconds = time.perf_counter() - started
         self._scoring_seconds += seconds
-        announce(trainer, self._state, seconds)
-        if self.figures:
-            folder = folder_for(trainer, self.output_dir)
-            show_figures(trainer, self._state, decision.components, folder)
+        announce(trainer, state, decision.components, seconds, self.name, self.output_dir, self.figures)
 
-    def _top_k(self, scores: Scores, sparsity: Sparsity, magnitudes: Scores | None = None) -> Masks:
-        earlier, groups = self._state.masks, self._state.group_of
+    def _hold(self, trainer: Trainer, module: LightningModule, saved: dict[str, Any] | None = None) -> None:
+        """Bring the weights, and copies of them, in line with the state's masks; only during fit."""
+        if self._enforcement is None or self._state.masks is None:
+            return
+        if self._enforcement.masks is not self._state.masks:
+            self._enforcement.masks = self._state.masks
+        hold_everywhere_(trainer, module, self._state.masks, saved)
+
+    def _top_k(
+        self, state: PruningState, scores: Scores, sparsity: Sparsity, magnitudes: Scores | None = None
+    ) -> Masks:
+        earlier, groups = state.masks, state.group_of
         return top_k(scores, sparsity, self.scope, earlier, self.min_density, groups, magnitudes)
 
-    def _final_count(self) -> int:
+    def _final_count(self, state: PruningState) -> int:
         """How many weights the last event keeps; it does not depend on their scores."""
-        equal = {n: torch.zeros_like(m, dtype=torch.float32) for n, m in (self._state.masks or {}).items()}
-        return self._top_k(equal, self.sparsity).num_kept
+        equal = {n: torch.zeros_like(m, dtype=torch.float32) for n, m in (state.masks or {}).items()}
+        return self._top_k(state, equal, self.sparsity).num_kept
 
     def _target(self, epoch: int) -> Sparsity:
         return target_at(self.schedule, self.sparsity, epoch, self.report())
@@ -264,27 +267,21 @@ class AlterMOMACallback(Callback):
         with scoring_batches(trainer, module, self.loader, self.seed, needed) as batches:
             calibration = self._calibration(trainer, module, *batches)
             magnitudes = {name: weight.detach().abs() for name, weight in calibration.weights.items()}
-            return decide(self.criterion, calibration, lambda scores: self._top_k(scores, target, magnitudes))
 
-    def _calibration(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        probes: Iterable[Any] = (),
-        trainings: Iterable[Any] = (),
-        progress: Progress = no_progress,
-    ) -> Calibration:
+            def make_masks(scores: Scores) -> Masks:
+                return self._top_k(self._state, scores, target, magnitudes)
+
+            return decide(self.criterion, calibration, make_masks)
+
+    def _calibration(self, trainer: Trainer, module: LightningModule, *batches: Any) -> Calibration:
+        probes, trainings, progress = batches or ((), (), no_progress)
+        loss, masks, seed = loss_function(trainer, module), self._state.masks, self.seed
         return Calibration(
-            module,
-            loss_function(trainer, module),
-            probes,
-            trainings,
-            self.modalities,
-            self.prunable,
-            self._state.masks,
-            self.seed,
-            progress,
+            module, loss, probes, trainings, self.modalities, self.prunable, masks, seed, progress
         )
+
+    def _others(self, trainer: Trainer) -> list[AlterMOMACallback]:
+        return [c for c in callbacks_of(trainer) if isinstance(c, AlterMOMACallback) and c is not self]
 
     def _release(self) -> None:
         if self._enforcement is not None:

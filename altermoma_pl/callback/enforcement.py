@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from altermoma_pl.masks import Masks
 
@@ -26,9 +27,17 @@ class Enforcement:
 
     def __init__(self, model: nn.Module, masks: Masks, optimizers: Sequence[Optimizer]) -> None:
         self._parameters = dict(model.named_parameters())
-        self._optimizers = list(optimizers)
-        self._handles = [o.register_step_post_hook(self._after_step) for o in self._optimizers]
+        self._optimizers: list[Optimizer] = []
+        self._handles: list[RemovableHandle] = []
+        self.follow(optimizers)
         self.masks = masks
+
+    def follow(self, optimizers: Sequence[Optimizer]) -> None:
+        """Take up the optimizers that move the weights now, where they were replaced during training."""
+        if [*map(id, optimizers)] != [*map(id, self._optimizers)]:
+            self.release()
+            self._optimizers = list(optimizers)
+            self._handles = [o.register_step_post_hook(self._after_step) for o in self._optimizers]
 
     @property
     def masks(self) -> Masks:
@@ -50,7 +59,7 @@ class Enforcement:
 
     @torch.no_grad()
     def hold_gradients_(self) -> None:
-        """Set the gradients of pruned weights to zero, so that they take no part in clipping by norm."""
+        """Set the gradients of pruned weights to zero: see `reads_gradients`."""
         for parameter, mask in self._pairs:
             if parameter.grad is not None:
                 parameter.grad.masked_fill_(~mask, 0)

@@ -1,0 +1,68 @@
+"""What a user may ask of the callback, and what of it goes into checkpoints, copies and pickles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback
+
+from altermoma_pl.callback.enforcement import Enforcement
+from altermoma_pl.callback.state import PruningState
+from altermoma_pl.criteria import Components
+from altermoma_pl.masks import Masks
+from altermoma_pl.report import SparsityReport
+
+
+class Stateful(Callback):
+    """A callback that holds the state of pruning, and during fit what keeps weights at zero.
+
+    Args:
+        name: Tells several of them in one Trainer apart; None where there is one.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        self.name = name
+        self._state = PruningState()
+        self._enforcement: Enforcement | None = None
+        self._scoring_seconds = 0.0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles take no optimizers and hooks of a running fit along."""
+        return {**vars(self), "_enforcement": None}
+
+    @property
+    def masks(self) -> Masks | None:
+        """What is pruned; None before fit."""
+        return self._state.masks
+
+    @property
+    def components(self) -> Components | None:
+        """DeCI and ReRI of the latest event, where the criterion has them and `store_components` is set."""
+        return self._state.components
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """One entry for each event, oldest first: epoch, sparsity, kept shares, losses, a beta if chosen."""
+        return self._state.events
+
+    @property
+    def scoring_seconds(self) -> float:
+        """Time spent in events by this process, in seconds; a resumed run counts from 0."""
+        return self._scoring_seconds
+
+    def report(self) -> SparsityReport:
+        """What is pruned where; a `ValueError` before fit."""
+        return self._state.report()
+
+    @property
+    def state_key(self) -> str:
+        """The key of the state in checkpoints: the name of the class, `[name]` behind it if there is one."""
+        return super().state_key if self.name is None else f"{super().state_key}[{self.name}]"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masks, schedule position, history and components."""
+        return self._state.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up a saved state; nothing is changed if it is damaged."""
+        self._state = PruningState.from_state_dict(state_dict)

@@ -82,7 +82,7 @@ def test_reactivation_trains_on_training_batches():
     callback = pruner(loader="validation", criterion=short(num_probe_batches=1, num_reactivation_steps=1))
     fit_data(Seen(), Data(), callback)
     probe, training = (0, FIRST[1]), (0, FIRST[0])
-    assert [probe, *[probe, training, probe] * 2] == SEEN
+    assert [*[probe, training, probe] * 2, probe] == SEEN
 
 
 def test_a_validation_loader_that_is_not_loaded_yet():

@@ -18,7 +18,6 @@ from altermoma_pl.callback.checks import (
     check_zeros,
     warn_if_short,
 )
-from altermoma_pl.callback.copies import hold_everywhere_
 from altermoma_pl.callback.enforcement import Enforcement
 from altermoma_pl.callback.gradients import reads_gradients
 from altermoma_pl.callback.loaders import ProbeLoader
@@ -28,8 +27,11 @@ from altermoma_pl.callback.scoring import Decision, check_batches, decide, scori
 from altermoma_pl.callback.several import callbacks_of, check_disjoint, check_name
 from altermoma_pl.callback.state import PruningState
 from altermoma_pl.callback.stateful import Stateful
+from altermoma_pl.callback.strategies import check_sharding, check_strategy
 from altermoma_pl.criteria import AlterEva, Calibration, Criterion, Scores
 from altermoma_pl.criteria.base import no_progress
+from altermoma_pl.criteria.computed import Computed
+from altermoma_pl.criteria.finite import OnNonFinite
 from altermoma_pl.masks import Masks
 from altermoma_pl.modality import Modalities
 from altermoma_pl.schedules import Cubic, Schedule
@@ -100,6 +102,7 @@ class AlterMOMACallback(Stateful):
         figures: bool = True,
         store_components: bool = False,
         name: str | None = None,
+        on_nonfinite: OnNonFinite = "raise",
     ) -> None:
         check_name(name)
         super().__init__(name)
@@ -115,7 +118,8 @@ class AlterMOMACallback(Stateful):
         self.output_dir = output_dir
         self.figures = figures
         self.store_components = store_components
-        check_options(self.modalities, sparsity, scope, min_density, loader)
+        self.on_nonfinite = on_nonfinite
+        check_options(self.modalities, sparsity, scope, min_density, loader, on_nonfinite)
         self._masks_gradients = False
 
     # When: Lightning's hooks, in the order in which they come.
@@ -124,27 +128,23 @@ class AlterMOMACallback(Stateful):
         """Refuse what cannot work, before anything is loaded."""
         if stage != "fit":
             return
-        if trainer.world_size > 1:
-            raise ValueError(f"AlterMOMACallback needs one device, not {trainer.world_size}: set devices=1")
+        check_strategy(trainer)
         if not _is_trial(trainer):
             check_long_enough(self.schedule, trainer.max_epochs)
         check_loss(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find modalities and weights, take up loaded masks, and hold them from now on."""
-        calibration = self._calibration(trainer, pl_module)
-        if self._state.masks is not None:
-            check_zeros(self._state.masks, calibration)
-        masks = (self._state.masks or Masks.dense(calibration.weights)).to(pl_module)
-        for other in self._others(trainer):
-            check_disjoint(masks, other.masks or (), self.name, other.name)
-        state = replace(self._state, masks=masks, group_of=calibration.group_of)
-        self._final_count(state)  # raises if floors or earlier masks leave no room for the last event
-        self._state = state
-        self._enforcement = Enforcement(pl_module, masks, trainer.optimizers)
+        check_sharding(pl_module, self.criterion, self.schedule)
+        self._take_up(trainer, pl_module)
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take up what was loaded since: with sharded parameters that is later than `on_fit_start`."""
+        self._take_up(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the schedule anew in a fit that starts anew; refuse what no event could mend."""
+        self._take_up(trainer, pl_module)
         if trainer.global_step == 0:
             self._state.last_event_epoch, self._state.rewind_point = -1, None
         report, final_count = self.report(), self._final_count(self._state)
@@ -216,7 +216,21 @@ class AlterMOMACallback(Stateful):
         """Let go of the optimizers."""
         self._release()
 
-    # What happens in an event.
+    # What happens in an event, and before the first.
+
+    def _take_up(self, trainer: Trainer, module: LightningModule) -> None:
+        if self._enforcement is not None and self._enforcement.masks is self._state.masks:
+            return
+        calibration = self._calibration(trainer, module)
+        masks = (self._state.masks or Masks.dense(calibration.weights)).to(module)
+        check_zeros(masks, calibration)
+        for other in self._others(trainer):
+            check_disjoint(masks, other.masks or (), self.name, other.name)
+        state = replace(self._state, masks=masks, group_of=calibration.group_of)
+        self._final_count(state)  # raises if floors or earlier masks leave no room for the last event
+        self._release()
+        self._state = state
+        self._enforcement = Enforcement(module, masks, trainer.optimizers)
 
     def _prune(self, trainer: Trainer, module: LightningModule, epoch: int) -> None:
         if self._enforcement is None:
@@ -239,16 +253,8 @@ class AlterMOMACallback(Stateful):
         self._scoring_seconds += seconds
         announce(trainer, state, decision.components, seconds, self.name, self.output_dir, self.figures)
 
-    def _hold(self, trainer: Trainer, module: LightningModule, saved: dict[str, Any] | None = None) -> None:
-        """Bring the weights, and copies of them, in line with the state's masks; only during fit."""
-        if self._enforcement is None or self._state.masks is None:
-            return
-        if self._enforcement.masks is not self._state.masks:
-            self._enforcement.masks = self._state.masks
-        hold_everywhere_(trainer, module, self._state.masks, saved)
-
     def _top_k(
-        self, state: PruningState, scores: Scores, sparsity: Sparsity, magnitudes: Scores | None = None
+        self, state: PruningState, scores: Scores, sparsity: Sparsity, magnitudes: Computed | None = None
     ) -> Masks:
         earlier, groups = state.masks, state.group_of
         return top_k(scores, sparsity, self.scope, earlier, self.min_density, groups, magnitudes)
@@ -266,7 +272,8 @@ class AlterMOMACallback(Stateful):
         needed = self.criterion.uses_batches
         with scoring_batches(trainer, module, self.loader, self.seed, needed) as batches:
             calibration = self._calibration(trainer, module, *batches)
-            magnitudes = {name: weight.detach().abs() for name, weight in calibration.weights.items()}
+            weights = calibration.weights
+            magnitudes = Computed(weights, lambda name: weights[name].detach().abs())
 
             def make_masks(scores: Scores) -> Masks:
                 return self._top_k(self._state, scores, target, magnitudes)
@@ -277,16 +284,12 @@ class AlterMOMACallback(Stateful):
         probes, trainings, progress = batches or ((), (), no_progress)
         loss, masks, seed = loss_function(trainer, module), self._state.masks, self.seed
         return Calibration(
-            module, loss, probes, trainings, self.modalities, self.prunable, masks, seed, progress
-        )
+            module, loss, probes, trainings, self.modalities, self.prunable, masks, seed, progress,
+            self.on_nonfinite,
+        )  # fmt: skip
 
     def _others(self, trainer: Trainer) -> list[AlterMOMACallback]:
         return [c for c in callbacks_of(trainer) if isinstance(c, AlterMOMACallback) and c is not self]
-
-    def _release(self) -> None:
-        if self._enforcement is not None:
-            self._enforcement.release()
-        self._enforcement = None
 
 
 def _is_trial(trainer: Trainer) -> bool:

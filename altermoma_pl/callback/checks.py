@@ -9,6 +9,8 @@ from typing import get_args
 from altermoma_pl.callback.loaders import Batches, ProbeLoader
 from altermoma_pl.criteria import Calibration
 from altermoma_pl.criteria.base import known_length
+from altermoma_pl.criteria.finite import OnNonFinite
+from altermoma_pl.distributed import local, sums
 from altermoma_pl.masks import Masks
 from altermoma_pl.modality import SHARED
 from altermoma_pl.report import SparsityReport
@@ -19,12 +21,18 @@ Sparsity = float | dict[str, float]
 
 
 def check_options(
-    modalities: Iterable[str], sparsity: Sparsity, scope: str, min_density: float, loader: str
+    modalities: Iterable[str],
+    sparsity: Sparsity,
+    scope: str,
+    min_density: float,
+    loader: str,
+    on_nonfinite: str,
 ) -> None:
     """Raise a `ValueError` if an option of the callback is out of range or names an unknown modality."""
     for option, value, allowed in (
         ("scope", scope, get_args(Scope)),
         ("loader", loader, get_args(ProbeLoader)),
+        ("on_nonfinite", on_nonfinite, get_args(OnNonFinite)),
     ):
         if value not in allowed:
             raise ValueError(f"{option} must be one of {list(allowed)}, got {value!r}")
@@ -44,8 +52,10 @@ def check_options(
 
 def check_zeros(masks: Masks, calibration: Calibration) -> None:
     """Raise a `ValueError` if weights are not zero where masks prune them."""
-    for name, weight in calibration.weights.items():
-        if weight.detach()[~masks[name].to(weight.device)].count_nonzero():
+    kept = [local(weight)[~local(masks[name])] for name, weight in calibration.weights.items()]
+    counts = sums([int(rows.count_nonzero()) for rows in kept])  # the same in all processes
+    for name, count in zip(calibration.weights, counts, strict=True):
+        if count:
             raise ValueError(
                 f"{name!r} is not zero where the masks that this callback holds prune it: they are of "
                 f"another run; give a new model a new callback, or resume from a checkpoint that has both"

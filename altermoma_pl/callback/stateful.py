@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
 
+from altermoma_pl.callback.copies import hold_everywhere_
 from altermoma_pl.callback.enforcement import Enforcement
 from altermoma_pl.callback.state import PruningState
 from altermoma_pl.criteria import Components
@@ -66,3 +67,16 @@ class Stateful(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a saved state; nothing is changed if it is damaged."""
         self._state = PruningState.from_state_dict(state_dict)
+
+    def _hold(self, trainer: Trainer, module: LightningModule, saved: dict[str, Any] | None = None) -> None:
+        """Bring the weights, and copies of them, in line with the state's masks; only during fit."""
+        if self._enforcement is None or self._state.masks is None:
+            return
+        if self._enforcement.masks is not self._state.masks:
+            self._enforcement.masks = self._state.masks
+        hold_everywhere_(trainer, module, self._state.masks, saved)
+
+    def _release(self) -> None:
+        if self._enforcement is not None:
+            self._enforcement.release()
+        self._enforcement = None

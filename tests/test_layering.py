@@ -10,7 +10,9 @@ import altermoma_pl
 ROOT = "altermoma_pl"
 LAYERS = [  # lowest first; a file of a folder that is not named belongs to its folder
     {"modality", "masks", "schedules", "distributed", "metrics"},
-    {"contexts", "sparsity"},
+    {"contexts", "radix"},
+    {"selection"},
+    {"sparsity"},
     {"criteria.base", "criteria.components", "criteria.options", "criteria.graph"},
     {"criteria.simple", "criteria.reactivation", "criteria.linearized", "criteria.combination"},
     {"criteria.altereva", "criteria.gradient", "criteria.curvature", "criteria.synflow", "criteria.wanda"},

@@ -157,5 +157,6 @@ def _colours(groups: Any) -> dict[str, str]:
 
 
 def _total_reri(components: Components, name: str) -> torch.Tensor:
-    parts = [own[name].flatten().cpu() for own in components.reri.values() if name in own]
+    size = components.deci[name].shape  # also where one value stands for the whole tensor
+    parts = [own[name].cpu().expand(size).flatten() for own in components.reri.values() if name in own]
     return torch.stack(parts).sum(0)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from altermoma_pl.masks import Masks
+from altermoma_pl.selection import Ranking
 
 Scope = Literal["global", "modality", "layer", "row"]
 
@@ -29,6 +30,9 @@ def top_k(
     row-major). Eq. 2 of the paper keeps the share 1 - sparsity; its Algorithm 1, read literally, would
     keep the share `sparsity`.
 
+    Scores, masks and tie breakers may be sharded by rows over all processes; then the masks returned are,
+    too, and all processes must call this alike.
+
     Args:
         scores: Parameter name -> score of each weight, higher is kept.
         sparsity: Share of zeros in [0, 1), of all weights and not of what remains; or one for each
@@ -40,26 +44,26 @@ def top_k(
         min_density: Share of each tensor that stays whatever its scores, at least one weight; 0 for
             no such floor. The exact count still holds.
         groups: Parameter name -> group, for the scope "modality".
-        tie_breaker: Parameter name -> second score.
+        tie_breaker: Parameter name -> second score, read only if first ones are equal where it matters; a
+            mapping that is no dict may compute them on access.
 
     Raises:
         ValueError: If a score is not finite, a shape differs, the sparsity is outside [0, 1) or below
-            what `within` prunes already, a group is unknown or missing, or the floors need more weights
-            than the target keeps.
+            what `within` prunes already, a group is unknown or missing, the floors need more weights
+            than the target keeps, or only some scores are sharded.
     """
     _check_scores(scores, within)
     if tie_breaker is not None:
-        _check_alike(scores, tie_breaker, "tie breaker")
+        _check_alike(scores, tie_breaker, "tie breaker", shapes=isinstance(tie_breaker, dict))
     check_density(min_density)
-    keep: dict[str, Tensor] = {}
+    ranking = Ranking(scores, within, tie_breaker)
     for label, names, share in _scopes(scores, sparsity, scope, groups):
-        candidates = [within[n] if within else torch.ones_like(scores[n], dtype=torch.bool) for n in names]
-        values = [scores[n] for n in names]
-        ties = [tie_breaker[n] for n in names] if tie_breaker is not None else None
-        keep_best = _keep_best_in_rows if scope == "row" else _keep_best
-        kept = keep_best(label, values, candidates, share, min_density, ties)
-        keep.update(zip(names, kept, strict=True))
-    return Masks({name: keep[name] for name in scores})
+        if scope == "row" and scores[names[0]].ndim > 1:
+            _keep_best_in_rows_(ranking, label, scores[names[0]].shape, names[0], share, min_density)
+        else:
+            sizes = {name: scores[name].numel() for name in names}
+            _keep_best_(ranking, label, sizes, share, min_density)
+    return Masks(ranking.kept)
 
 
 def check_sparsity(sparsity: float, what: str = "sparsity") -> None:
@@ -79,20 +83,16 @@ def _check_scores(scores: Mapping[str, Tensor], within: Masks | None) -> None:
         raise ValueError("there are no scores: nothing to rank")
     if within is not None:
         _check_alike(scores, within, "mask")
-    for name, score in scores.items():
-        live = score if within is None else score[within[name].to(score.device)]
-        if not torch.isfinite(live).all():
-            raise ValueError(
-                f"score of {name!r} is not finite at {int((~torch.isfinite(live)).sum())} weights"
-            )
 
 
-def _check_alike(scores: Mapping[str, Tensor], others: Mapping[str, Tensor], what: str) -> None:
+def _check_alike(
+    scores: Mapping[str, Tensor], others: Mapping[str, Tensor], what: str, shapes: bool = True
+) -> None:
     if others.keys() != scores.keys():
         difference = sorted(others.keys() ^ scores.keys())
         raise ValueError(f"scores and {what}s name different parameters: {difference}")
     for name, score in scores.items():
-        if others[name].shape != score.shape:
+        if shapes and others[name].shape != score.shape:
             raise ValueError(
                 f"score of {name!r} has shape {tuple(score.shape)}, its {what} {tuple(others[name].shape)}"
             )
@@ -139,58 +139,32 @@ def _modality_scopes(
         yield f"{group!r}", names, shares[group]
 
 
-def _keep_best(
-    label: str,
-    scores: list[Tensor],
-    candidates: list[Tensor],
-    sparsity: float,
-    min_density: float,
-    ties: list[Tensor] | None,
-) -> list[Tensor]:
-    total = sum(score.numel() for score in scores)
+def _keep_best_(
+    ranking: Ranking, label: str, sizes: Mapping[str, int], sparsity: float, min_density: float
+) -> None:
+    """What each tensor's floor protects, then the best of the rest."""
+    total = sum(sizes.values())
     count = total - round(sparsity * total)
-    live = [int(c.count_nonzero()) for c in candidates]
-    _check_enough(label, sparsity, count, sum(live), total)
-    floors = [_floor(score.numel(), alive, min_density) for score, alive in zip(scores, live, strict=True)]
-    _check_floors(label, sparsity, count, total, min_density, sum(floors))
-    device = scores[0].device
-    flat, open_ = _flat(scores, device), _flat(candidates, device)
-    second = _flat(ties, device) if ties else None
-    kept = torch.zeros_like(open_)
-    start = 0
-    for score, floor in zip(scores, floors, strict=True):
-        part = slice(start, start + score.numel())
-        kept[part] = _best(flat[part], open_[part], floor, None if second is None else second[part])
-        start += score.numel()
-    kept |= _best(flat, open_ & ~kept, count - sum(floors), second)
-    parts = torch.split(kept, [score.numel() for score in scores])
-    return [p.view(s.shape).to(s.device) for p, s in zip(parts, scores, strict=True)]
+    _check_enough(label, sparsity, count, sum(ranking.num_alive[name] for name in sizes), total)
+    floors = {name: _floor(size, ranking.num_alive[name], min_density) for name, size in sizes.items()}
+    protected = sum(floors.values())
+    _check_floors(label, sparsity, count, total, min_density, protected)
+    for name, floor in floors.items():
+        if floor:
+            ranking.keep_best_([name], floor)
+    ranking.keep_best_(list(sizes), count - protected)
 
 
-def _keep_best_in_rows(
-    label: str,
-    scores: list[Tensor],
-    candidates: list[Tensor],
-    sparsity: float,
-    min_density: float,
-    ties: list[Tensor] | None,
-) -> list[Tensor]:
+def _keep_best_in_rows_(
+    ranking: Ranking, label: str, shape: torch.Size, name: str, sparsity: float, min_density: float
+) -> None:
     """The same number of weights in each row of one tensor."""
-    (score,), (candidate,) = scores, candidates
-    shape = (score.shape[0] if score.ndim > 1 else 1, -1) if score.numel() else (1, 0)
-    values, open_ = score.detach().reshape(shape), candidate.to(score.device).reshape(shape)
-    rows, columns = values.shape
+    rows, columns = shape[0], shape[1:].numel()
     count = columns - round(sparsity * columns)
-    fewest = int(open_.sum(1).min())
-    _check_enough(f"a row of {label}", sparsity, count, fewest, columns)
-    floor = _floor(score.numel(), int(open_.count_nonzero()), min_density)
-    _check_floors(label, sparsity, rows * count, score.numel(), min_density, floor)
-    order = torch.arange(columns, device=values.device).expand(rows, columns)
-    keys = [values] if ties is None else [ties[0].detach().to(values.device).reshape(shape), values]
-    for key in (*keys, open_.int()):  # stable sorts, the most important key last
-        order = order.gather(1, key.gather(1, order).argsort(dim=1, descending=True, stable=True))
-    kept = torch.zeros_like(open_).scatter_(1, order[:, :count], True)
-    return [kept.view(score.shape)]
+    _check_enough(f"a row of {label}", sparsity, count, ranking.fewest_in_a_row(name), columns)
+    floor = _floor(shape.numel(), ranking.num_alive[name], min_density)
+    _check_floors(label, sparsity, rows * count, shape.numel(), min_density, floor)
+    ranking.keep_best_in_rows_(name, count)
 
 
 def _check_enough(label: str, sparsity: float, count: int, alive: int, total: int) -> None:
@@ -214,21 +188,3 @@ def _check_floors(
 
 def _floor(size: int, alive: int, min_density: float) -> int:
     return min(alive, max(1, math.ceil(min_density * size))) if min_density > 0 else 0
-
-
-def _flat(tensors: list[Tensor], device: torch.device) -> Tensor:
-    return torch.cat([t.detach().flatten().to(device) for t in tensors])
-
-
-def _best(values: Tensor, candidates: Tensor, count: int, ties: Tensor | None) -> Tensor:
-    """Boolean tensor with exactly `count` of the candidates: the highest values, stable among ties."""
-    if count == 0:
-        return torch.zeros_like(candidates)
-    live = values[candidates]
-    threshold = live.kthvalue(live.numel() - count + 1).values
-    kept = candidates & (values > threshold)
-    equal = (candidates & (values == threshold)).nonzero().squeeze(1)
-    if ties is not None:
-        equal = equal[ties[equal].argsort(descending=True, stable=True)]
-    kept[equal[: count - int(kept.count_nonzero())]] = True
-    return kept

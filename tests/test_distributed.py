@@ -183,8 +183,13 @@ def test_other_divisions_are_refused():
 # Scores of data-parallel processes: each has half of the batches, and half of each training batch.
 
 
-def scores(criterion, probes=PROBES, trainings=TRAININGS, **changes):
-    return criterion.score(made(own(probes), own(trainings), **changes))
+def scores():
+    return {name: criterion.score(made(own(PROBES), own(TRAININGS))) for name, criterion in CRITERIA.items()}
+
+
+@pytest.fixture(scope="module")
+def replicas():
+    return result_of(scores)
 
 
 def one_process(criterion, probes=PROBES, **changes):
@@ -218,8 +223,8 @@ def assert_close(found, expected, rtol=1e-6):
 
 
 @pytest.mark.parametrize("name", CRITERIA)
-def test_scores_are_those_of_one_process(name):
-    first, second = result_of(scores, CRITERIA[name])
+def test_scores_are_those_of_one_process(replicas, name):
+    first, second = (result[name] for result in replicas)
     assert_close(first, one_process(CRITERIA[name]))
     assert all(torch.equal(first[n], second[n]) for n in first)
 
@@ -333,28 +338,44 @@ def shard(model):
     return model
 
 
-def sharded_scores(criterion, masks=None):
+SHARDABLE = {name: criterion for name, criterion in CRITERIA.items() if criterion.shardable}
+
+
+def sharded_scores(masks):
+    """Criterion -> its scores and masks, gathered, and whether the model is as it was."""
     model = shard(two_tower().double())
     if masks is not None:
         masks = masks.to(model)
         masks.apply_(model)
-    one = made(own(PROBES[:4]), own(TRAININGS), model=model, masks=masks)
     before = {name: local(p.detach()).clone() for name, p in model.named_parameters()}
-    found = criterion.score(one)
-    same = all(torch.equal(local(p.detach()), before[name]) for name, p in model.named_parameters())
-    kept = top_k(found, 0.5, within=masks, min_density=0.05)
-    return {n: full(s) for n, s in found.items()}, {n: full(m.int()).bool() for n, m in kept.items()}, same
+    results = {}
+    for name, criterion in SHARDABLE.items():
+        one = made(own(PROBES[:4]), own(TRAININGS), model=model, masks=masks)
+        found = criterion.score(one)
+        kept = top_k(found, 0.5, within=masks, min_density=0.05)
+        results[name] = (
+            {n: full(s) for n, s in found.items()},
+            {n: full(m.int()).bool() for n, m in kept.items()},
+            all(torch.equal(local(p.detach()), before[n]) for n, p in model.named_parameters()),
+        )
+    return results
 
 
-@pytest.mark.parametrize("name", [n for n, criterion in CRITERIA.items() if criterion.shardable])
-@pytest.mark.parametrize("pruned", [False, True], ids=["dense", "pruned"])
-def test_sharded_scores_and_masks_are_those_of_one_process(name, pruned):
-    criterion, masks, model = CRITERIA[name], None, two_tower().double()
-    if pruned:
+@pytest.fixture(scope="module", params=[False, True], ids=["dense", "pruned"])
+def sharded(request):
+    model, masks = two_tower().double(), None
+    if request.param:
         masks = top_k({n: w.detach().abs() for n, w in calibration(model).weights.items()}, 0.3)
         masks.apply_(model)
-    expected = criterion.score(made(joined(PROBES[:4]), joined(TRAININGS), model=model, masks=masks))
-    for found, kept, same in result_of(sharded_scores, criterion, masks):
+    return model, masks, result_of(sharded_scores, masks)
+
+
+@pytest.mark.parametrize("name", SHARDABLE)
+def test_sharded_scores_and_masks_are_those_of_one_process(sharded, name):
+    model, masks, results = sharded
+    expected = SHARDABLE[name].score(made(joined(PROBES[:4]), joined(TRAININGS), model=model, masks=masks))
+    for result in results:
+        found, kept, same = result[name]
         assert_close(found, expected)
         assert Masks(kept) == top_k(expected, 0.5, within=masks, min_density=0.05)
         assert same

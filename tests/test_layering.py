@@ -11,7 +11,9 @@ ROOT = "altermoma_pl"
 LAYERS = [  # lowest first; a file of a folder that is not named belongs to its folder
     {"distributed"},
     {"modality", "masks", "schedules", "metrics"},
-    {"contexts", "sparsity"},
+    {"contexts", "radix"},
+    {"selection"},
+    {"sparsity"},
     {"criteria.finite", "criteria.computed", "criteria.components", "criteria.options", "criteria.graph"},
     {"criteria.base"},
     {"criteria.simple", "criteria.reactivation", "criteria.linearized", "criteria.combination"},

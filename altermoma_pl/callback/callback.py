@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 
 from altermoma_pl.callback.announcement import announce
 from altermoma_pl.callback.checks import (
@@ -254,14 +256,19 @@ class AlterMOMACallback(Stateful):
         announce(trainer, state, decision.components, seconds, self.name, self.output_dir, self.figures)
 
     def _top_k(
-        self, state: PruningState, scores: Scores, sparsity: Sparsity, magnitudes: Computed | None = None
+        self,
+        state: PruningState,
+        scores: Mapping[str, Tensor],
+        sparsity: Sparsity,
+        magnitudes: Mapping[str, Tensor] | None = None,
     ) -> Masks:
         earlier, groups = state.masks, state.group_of
         return top_k(scores, sparsity, self.scope, earlier, self.min_density, groups, magnitudes)
 
     def _final_count(self, state: PruningState) -> int:
         """How many weights the last event keeps; it does not depend on their scores."""
-        equal = {n: torch.zeros_like(m, dtype=torch.float32) for n, m in (state.masks or {}).items()}
+        masks: Mapping[str, Tensor] = state.masks or {}
+        equal = Computed(masks, lambda name: torch.zeros_like(masks[name], dtype=torch.float32))
         return self._top_k(state, equal, self.sparsity).num_kept
 
     def _target(self, epoch: int) -> Sparsity:

@@ -50,7 +50,7 @@ class SparsityReport:
     ) -> SparsityReport:
         """Report on masks, with the group of each masked parameter."""
         layers = (
-            LayerReport(name, group_of[name], mask.numel(), int(mask.count_nonzero()))
+            LayerReport(name, group_of[name], mask.numel(), masks.counts[name])
             for name, mask in masks.items()
         )
         return cls(tuple(layers), dict(losses or {}))

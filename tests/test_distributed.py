@@ -331,9 +331,10 @@ def test_a_broken_batch_of_one_process_is_an_error_in_all():
 # Sharded parameters: a batch is one of each process, so one process takes them joined.
 
 
-def shard(model):
+def shard(model, whole=False):
+    """Each part by itself, as in a LightningModule whose steps call them, or the whole around them too."""
     mesh = init_device_mesh("cpu", (num_processes(),))
-    for part in (model.camera, model.lidar, model.head, model):
+    for part in (model.camera, model.lidar, model.head, *([model] if whole else ())):
         fully_shard(part, mesh=mesh)
     return model
 
@@ -343,7 +344,7 @@ SHARDABLE = {name: criterion for name, criterion in CRITERIA.items() if criterio
 
 def sharded_scores(masks):
     """Criterion -> its scores and masks, gathered, and whether the model is as it was."""
-    model = shard(two_tower().double())
+    model = shard(two_tower().double(), whole=masks is None)
     if masks is not None:
         masks = masks.to(model)
         masks.apply_(model)

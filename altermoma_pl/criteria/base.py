@@ -90,6 +90,7 @@ class Calibration:
                 f"on_nonfinite must be one of {list(get_args(OnNonFinite))}, got {self.on_nonfinite!r}"
             )
         reshard_(self.model)  # so that parameters are what optimizers know
+        self._leaves = list(self.model.parameters())
         if not isinstance(self.modalities, Modalities):
             self.modalities = Modalities(self.modalities)
         check_prunable(self.groups, self.weights)
@@ -232,7 +233,7 @@ class Calibration:
 
     def _backward(self, loss: Tensor, of: list[nn.Parameter]) -> tuple[Tensor | None, ...]:
         """Gradients as `fully_shard` makes them: in the backward pass itself, the mean over processes."""
-        saved = [(parameter, parameter.grad) for parameter in self.model.parameters()]
+        saved = [(parameter, parameter.grad) for parameter in self._leaves]
         for parameter, _ in saved:
             parameter.grad = None
         try:

@@ -3,7 +3,7 @@
 python examples/benchmarks/selection.py --sizes 1000000 100000000 --json selection.json
 
 Times are of one process and interleaved. Memory is how far the resident memory of a fresh process rises above
-what it holds with its scores (the kernel's VmHWM, Linux only), without the masks that are returned.
+what it holds with its scores (the kernel's VmHWM, Linux only), without the masks that are returned, as a share of the scores'.
 """
 
 import argparse
@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
     title = f"Selection at {SPARSITY:.0%}, {torch.get_num_threads()} threads, {options.repeats} repetitions"
-    table = Table("scores", "method", "seconds", "time ratio", "range", "extra memory / scores", title=title)
+    table = Table("scores", "method", "seconds", "ratio", "range", "memory", title=title)
     for row in rows:
         low, high = row["time_ratio_range"]
         table.add_row(

@@ -1,5 +1,6 @@
 """The benchmarks of the examples: planted redundancy, and the names of what the fusion model measures."""
 
+import json
 from dataclasses import dataclass, replace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from altermoma_pl import AlterMOMACallback, Criterion, Magnitude, OneShot, Random
 from altermoma_pl.compare import Method, compare
 from altermoma_pl.compare.benchmark import identity
-from examples.benchmarks import fusion
+from examples.benchmarks import fusion, selection
 from examples.benchmarks.planted import Planted, PlantedModule, PlantedNet
 
 TINY = Planted(width=4, num_steps=3, steps_per_epoch=2)
@@ -124,3 +125,12 @@ def test_the_fusion_benchmark_trains_and_prunes(tmp_path):
     callback = AlterMOMACallback(modalities, 0.5, Magnitude(), OneShot(), figures=False)
     assert benchmark.prune(0, tmp_path / "dense", callback, 1).keys() == measured
     assert callback.report().sparsity == pytest.approx(0.5, abs=1e-4)
+
+
+def test_the_cost_of_selection_is_measured(tmp_path, capsys):
+    selection.main(["--sizes", "1000", "--repeats", "2", "--json", str(tmp_path / "rows.json")])
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["method"] for row in rows] == ["cat + kthvalue", "top_k", "top_k with floors"]
+    assert rows[0]["time_ratio_range"] == [1.0, 1.0]
+    assert all(len(row["seconds"]) == 2 and min(row["seconds"]) > 0 for row in rows)
+    assert "Selection at 90%" in capsys.readouterr().out

@@ -242,6 +242,23 @@ class OwnAverage(Callback):
         return self.average.state_dict() if self.as_module else self.average
 
 
+class HiddenAverage(Callback):
+    """An average that cannot be found: it is exchanged with the weights, and left in them at the end."""
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        self.average = [p.detach().clone() for p in pl_module.parameters()]
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        for value, own in zip(pl_module.parameters(), self.average, strict=True):
+            own.lerp_(value.detach(), 0.1)
+
+    def exchange(self, trainer: Any, pl_module: Any) -> None:
+        for value, own in zip(pl_module.parameters(), self.average, strict=True):
+            value.data, own.data = own.clone(), value.data.clone()
+
+    on_validation_epoch_start = on_validation_epoch_end = on_train_end = exchange
+
+
 # The matrix.
 
 
@@ -295,6 +312,7 @@ REGIMES = {
     "swa_that_starts_last": Regime(Scheduled, 17, others=lambda: [StochasticWeightAveraging(0.05, 4)]),
     "average_in_a_module": Regime(others=lambda: [OwnAverage(as_module=True)]),
     "average_in_a_dictionary": Regime(others=lambda: [OwnAverage(as_module=False)]),
+    "average_in_hiding": Regime(others=lambda: [HiddenAverage()]),
     "early_stopping": Regime(others=lambda: [EarlyStopping("train_loss", patience=9)]),
 }  # fmt: skip
 
@@ -415,6 +433,17 @@ def test_the_last_epoch_of_swa_measures_the_statistics_of_pruned_weights():
     seen = module.camera[0](x)
     assert module.camera[1].running_mean == pytest.approx(seen.mean(0).detach(), abs=1e-5)
     assert num_zeros(module) == NUM_PRUNED
+
+
+def test_what_an_earlier_callback_puts_in_the_place_of_the_weights_is_masked(tmp_path):
+    class Replaces(Callback):
+        def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+            checkpoint["state_dict"] = {n: torch.ones_like(t) for n, t in checkpoint["state_dict"].items()}
+
+    saved = ModelCheckpoint(tmp_path, save_top_k=-1)
+    fit(Fusion(), Replaces(), pruning(), saved, enable_checkpointing=True)
+    for path in tmp_path.iterdir():
+        assert_plain(path, Fusion())
 
 
 def test_averages_of_one_submodule_are_masked():
@@ -689,11 +718,6 @@ def test_two_callbacks_that_share_weights_are_refused(order):
     ):
         fit(module, *(callbacks if order == "first" else reversed(callbacks)))
     assert_same(module.state_dict(), before)
-
-
-def test_two_callbacks_need_names():
-    with pytest.raises(RuntimeError, match="AlterMOMACallback"):
-        trainer(pruner(), pruner())
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "a b", 3])

@@ -43,6 +43,7 @@ from tests.lightning_models import (
     nonzero_pruned,
     num_zeros,
     pruner,
+    short,
     trainer,
 )
 
@@ -59,7 +60,8 @@ pytestmark = [
 
 
 def pruning(**options: Any) -> AlterMOMACallback:
-    return pruner(**{"sparsity": 0.8, "schedule": SCHEDULE, **options})
+    """Three events; by magnitude where scoring is not what a test is about."""
+    return pruner(**{"sparsity": 0.8, "schedule": SCHEDULE, "criterion": Magnitude(), **options})
 
 
 class Memory(Logger):
@@ -329,7 +331,7 @@ def matrix() -> Iterator[Any]:
 
 @pytest.mark.parametrize(("spec", "place"), list(matrix()))
 def test_zeros_are_exact_with(spec, place, tmp_path):
-    callback, memory = pruning(), Memory()
+    callback, memory = pruning(criterion=short()), Memory()
     witness, saved = Witness(callback), ModelCheckpoint(tmp_path, save_top_k=-1, save_last=True)
     order = [callback, *spec.others()] if place == "first" else [*spec.others(), callback]
     options = {key: [value()] if key == "plugins" else value for key, value in spec.options.items()}
@@ -649,7 +651,7 @@ LATE = ["!camera.0.weight", "!lidar.0.weight", "!head.weight"]
 
 def both(**options: Any) -> tuple[AlterMOMACallback, AlterMOMACallback]:
     """One prunes 36 of 48 weights, the other 32 of 64."""
-    options["scope"] = "layer"
+    options = {"criterion": Magnitude(), "scope": "layer", **options}
     first = pruner(name="early", prunable=EARLY, sparsity=0.75, schedule=OneShot(0), **options)
     return first, pruner(name="late", prunable=LATE, sparsity=0.5, schedule=OneShot(1), **options)
 
@@ -699,7 +701,7 @@ def test_rewinding_of_one_keeps_the_zeros_of_the_other():
         def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
             self.seen.append(num_zeros(pl_module, early.masks))
 
-    early, late = both(criterion=Magnitude())
+    early, late = both()
     early.schedule = OneShot(1)
     late.schedule = Rewinding(rounds=2, epochs_per_round=1, rewind_epoch=0)
     zeros = Zeros()
@@ -777,7 +779,7 @@ class Interrupts(Callback):
 def test_an_interrupt_at_any_line_of_an_event_leaves_masks_and_weights_that_agree(schedule, tmp_path):
     seen = set()
     for line in range(40):
-        callback, module = pruning(schedule=schedule, criterion=Magnitude()), Fusion()
+        callback, module = pruning(schedule=schedule), Fusion()
         interrupts = Interrupts(line)
         saved = ModelCheckpoint(tmp_path / str(line), save_on_exception=True, save_top_k=0, save_last=True)
         before = sys.gettrace()
@@ -866,7 +868,7 @@ def test_compiled_modules_are_not_compiled_again_by_a_mask_change(inner, tmp_pat
         return torch._dynamo.lookup_backend(inner)(graph, inputs)
 
     torch._dynamo.reset()
-    callback, counts, module = pruning(schedule=Linear(1, 3)), Counts(), Compiled(backend)
+    callback, counts, module = pruning(schedule=Linear(1, 3), criterion=short()), Counts(), Compiled(backend)
     witness = Witness(callback)
     saved = ModelCheckpoint(tmp_path, "compiled")
     fit(module, callback, counts, witness, saved, max_epochs=5, enable_checkpointing=True)
@@ -886,7 +888,7 @@ def test_a_module_compiled_as_a_whole(tmp_path):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             return self.loss(batch)  # `self.log` cannot be traced
 
-    module, callback = Silent(), pruning()
+    module, callback = Silent(), pruning(criterion=short())
     saved = ModelCheckpoint(tmp_path, "compiled")
     fit(torch.compile(module, backend="eager"), callback, saved, enable_checkpointing=True)
     assert_pruned(module, callback.masks, NUM_PRUNED)
@@ -899,7 +901,7 @@ def test_compiled_submodules_in_their_wrappers():
             super().__init__()
             self.camera = torch.compile(self.camera, backend="eager")
 
-    module, callback = Wrapped(), pruning()
+    module, callback = Wrapped(), pruning(criterion=short())
     fit(module, callback)
     assert "camera._orig_mod.0.weight" in callback.masks
     assert_pruned(module, callback.masks, NUM_PRUNED)
@@ -924,7 +926,8 @@ class OldName(pytorch_lightning.LightningModule):
 
 @pytest.mark.parametrize("clip", [None, 1e-3], ids=["plain", "clipped"])
 def test_pytorch_lightning(clip, tmp_path):
-    callback = pruning(modalities={"camera": ["net.camera"], "lidar": ["net.lidar"]}, loader="training")
+    modalities = {"camera": ["net.camera"], "lidar": ["net.lidar"]}
+    callback = pruning(modalities=modalities, loader="training", criterion=short())
     witness = Witness(callback)
     average = pytorch_lightning.callbacks.EMAWeightAveraging(decay=0.9)
     saved = pytorch_lightning.callbacks.ModelCheckpoint(tmp_path, "old")

@@ -448,6 +448,30 @@ def test_what_an_earlier_callback_puts_in_the_place_of_the_weights_is_masked(tmp
         assert_plain(path, Fusion())
 
 
+def test_a_teacher_inside_the_module_is_left_alone(tmp_path):
+    class Taught(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.teacher = Fusion(), Fusion().requires_grad_(False)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.net.loss(batch) + (self.net(batch[0]) - self.teacher(batch[0])).square().mean()
+
+        validation_step = training_step
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.net.parameters(), 0.1)
+
+    module, average = Taught(), EMAWeightAveraging(decay=0.9)
+    callback = pruning(modalities={m: [f"net.{m}"] for m in MODALITIES})
+    fit(module, callback, average, ModelCheckpoint(tmp_path, "taught"), enable_checkpointing=True)
+    assert_pruned(module, callback.masks, NUM_PRUNED)
+    assert_plain(tmp_path / "taught.ckpt", Taught(), NUM_PRUNED)
+    saved = torch.load(tmp_path / "taught.ckpt", weights_only=True)
+    for state in (saved["state_dict"], saved["current_model_state"], module.state_dict()):
+        assert all(torch.equal(state[f"teacher.{n}"], p) for n, p in Fusion().named_parameters())
+
+
 def test_averages_of_one_submodule_are_masked():
     class Wrapped(LightningModule):
         def __init__(self) -> None:

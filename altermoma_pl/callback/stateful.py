@@ -65,4 +65,7 @@ class Stateful(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a saved state; nothing is changed if it is damaged."""
-        self._state = PruningState.from_state_dict(state_dict)
+        state = PruningState.from_state_dict(state_dict)
+        if self._enforcement is not None and state.masks is not None:  # during fit: by a tuner
+            state.masks = state.masks.to(self._enforcement.model)
+        self._state = state

@@ -448,6 +448,16 @@ def test_what_an_earlier_callback_puts_in_the_place_of_the_weights_is_masked(tmp
         assert_plain(path, Fusion())
 
 
+def test_what_is_left_in_the_module_when_training_ends_is_masked():
+    class Leaves(Callback):
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            pl_module.head.weight.data.fill_(1.0)
+
+    module, callback = Fusion(), pruning()
+    fit(module, callback, Leaves())
+    assert_pruned(module, callback.masks, NUM_PRUNED)
+
+
 def test_a_teacher_inside_the_module_is_left_alone(tmp_path):
     class Taught(LightningModule):
         def __init__(self) -> None:
@@ -639,6 +649,7 @@ def test_copies_during_fit_hold_nothing_of_the_run(how):
     callback, copies = pruning(), Copies()
     fit(Fusion(), callback, copies)
     taken, module = copies.taken
+    assert taken._enforcement is None
     assert_pruned(module, taken.masks, 64)
     assert len(taken.events) == 2
     module.head.weight.data.fill_(1.0)
@@ -662,8 +673,13 @@ def test_optimizers_exchanged_during_training_are_followed():
             if trainer.current_epoch == 2:
                 trainer.strategy.optimizers = [torch.optim.SGD(pl_module.parameters(), 0.1, momentum=0.9)]
 
-    module, callback = Fusion(), pruning(schedule=OneShot(0))
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            seen.append(nonzero_pruned(pl_module, callback.masks))
+
+    seen: list[int] = []
+    module, callback = Fusion("sgd"), pruning(schedule=OneShot(0))
     fit(module, Exchanges(), callback, max_epochs=4)
+    assert seen == [0] * 16
     assert_pruned(module, callback.masks, NUM_PRUNED)
 
 
@@ -813,6 +829,7 @@ def test_an_interrupt_at_any_line_of_an_event_leaves_masks_and_weights_that_agre
             path = next((tmp_path / str(line)).glob("*.ckpt"))
             assert_plain(path, Fusion())
             assert_plain(path, module)
+            assert callback.events[-1]["sparsity"] == callback.masks.sparsity
             seen.add(len(callback.events))
         finally:
             sys.settrace(before)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,8 +26,8 @@ def hold_everywhere_(
     """
     places: list[dict[str, Tensor]] = [dict(module.named_parameters())]
     places += [*copies(trainer, module, masks)]
-    if saved is not None:
-        places += _matching(_tensors(saved), masks)
+    if saved is not None and masks.keys() <= saved.keys():
+        places.append({name: saved[name] for name in masks})
     for tensors in places:
         for name, mask in masks.items():
             tensor = tensors[name]
@@ -50,17 +50,26 @@ def copies(trainer: Trainer, module: nn.Module, masks: Masks) -> Iterator[dict[s
 def _tensors(value: Any) -> dict[str, Tensor]:
     if isinstance(value, nn.Module):
         return dict(value.named_parameters())
-    return {n: t for n, t in value.items() if isinstance(t, Tensor)} if isinstance(value, dict) else {}
+    return {str(n): t for n, t in value.items() if isinstance(t, Tensor)} if isinstance(value, dict) else {}
 
 
 def _matching(tensors: Mapping[str, Tensor], masks: Masks) -> Iterator[dict[str, Tensor]]:
     for short in _shortened(list(masks)):
-        first = next(iter(short))
-        wrappers = [n.removesuffix(first) for n in tensors if n == first or str(n).endswith(f".{first}")]
-        for wrapper in wrappers:
-            found = {name: tensors.get(wrapper + own) for own, name in short.items()}
-            if all(t is not None and t.shape == masks[name].shape for name, t in found.items()):
-                yield {name: t for name, t in found.items() if t is not None}
+        found = []
+        for wrapper in _wrappers(next(iter(short)), tensors):
+            copy = {name: tensors[wrapper + own] for own, name in short.items() if wrapper + own in tensors}
+            if len(copy) == len(masks) and all(t.shape == masks[name].shape for name, t in copy.items()):
+                found.append(copy)
+        if found:  # shorter names would find it again, and a second net of the same shapes beside it
+            yield from found
+            return
+
+
+def _wrappers(name: str, tensors: Iterable[str]) -> list[str]:
+    """What stands before the name where it occurs least deep: below may be another net, say a teacher."""
+    before = [each.removesuffix(name) for each in tensors if f".{each}".endswith(f".{name}")]
+    least = min((wrapper.count(".") for wrapper in before), default=0)
+    return [wrapper for wrapper in before if wrapper.count(".") == least]
 
 
 def _shortened(names: list[str]) -> Iterator[dict[str, str]]:

@@ -26,6 +26,7 @@ class Enforcement:
     """
 
     def __init__(self, model: nn.Module, masks: Masks, optimizers: Sequence[Optimizer]) -> None:
+        self.model = model
         self._parameters = dict(model.named_parameters())
         self._optimizers: list[Optimizer] = []
         self._handles: list[RemovableHandle] = []

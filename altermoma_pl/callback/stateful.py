@@ -66,8 +66,10 @@ class Stateful(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a saved state; nothing is changed if it is damaged."""
-        self._state = PruningState.from_state_dict(state_dict)
-        self._release()  # what is held is no longer what should be, until it is taken up
+        state = PruningState.from_state_dict(state_dict)
+        if self._enforcement is not None and state.masks is not None:  # during fit: by a tuner
+            state.masks = state.masks.to(self._enforcement.model)
+        self._state = state
 
     def _hold(self, trainer: Trainer, module: LightningModule, saved: dict[str, Any] | None = None) -> None:
         """Bring the weights, and copies of them, in line with the state's masks; only during fit."""

@@ -57,12 +57,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def cases(arguments: Namespace) -> Iterator[tuple[str, float, Module, Any]]:
-    """Name, target, model and batch."""
-    model, batches = fusion(arguments.size, 1, (32, 96) if arguments.quick else (96, 320), arguments.device)
-    yield f"fusion, {arguments.size}", 1.02, model, batches[0]
-    towers = Towers(arguments.parameters).to(arguments.device)
-    name = f"MLP of {towers.num_parameters / 1e6:.1f} M, batch {arguments.batch}"
-    yield name, 1.05, towers, towers.batches(1, arguments.batch)[0]
+    """Name, target, model and batch; `--size ""` or `--parameters 0` leave one out."""
+    if arguments.size:
+        image_size = (32, 96) if arguments.quick else (96, 320)
+        model, batches = fusion(arguments.size, 1, image_size, arguments.device)
+        yield f"fusion, {arguments.size}", 1.02, model, batches[0]
+    if arguments.parameters:
+        towers = Towers(arguments.parameters).to(arguments.device)
+        name = f"MLP of {towers.num_parameters / 1e6:.1f} M, batch {arguments.batch}"
+        yield name, 1.05, towers, towers.batches(1, arguments.batch)[0]
 
 
 def dense(module: Module, batch: Any, optimizer: str, clip: bool) -> Callable[[], None]:

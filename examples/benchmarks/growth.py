@@ -4,7 +4,9 @@ python examples/benchmarks/growth.py --json growth.json
 
 In the number of parameters, and of probe batches. A straight line is fitted to the times, by least squares
 of relative deviations; the ratio of a row is the time over the line at that size. The model is two linear
-towers and a batch is one row, so that time goes with the parameters.
+towers and a batch is one row, so that time goes with the parameters. Caches and the allocator bend every
+line, so the note says how the simplest work of the same kind grows: the bare loop of the same passes,
+`torch.cat` with `kthvalue`, and a multiplication in place.
 """
 
 import statistics
@@ -21,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, so
 from altermoma_pl import AlterEva, Masks
 from altermoma_pl.sparsity import top_k
 from examples.benchmarks.measuring import Row, in_turns, options, ratios, show
-from examples.benchmarks.scoring import MIN_DENSITY, SPARSITY, calibration_of, event
+from examples.benchmarks.scoring import MIN_DENSITY, SPARSITY, bare_loop, calibration_of, event
 from examples.benchmarks.workloads import Towers
 
 AT_MOST = 1.1
@@ -48,20 +50,35 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 Action = Callable[[], object]
+Make = Callable[[], tuple[Action, Action]]
+"""What is measured, and the simplest work of the same kind."""
 
 
-def grown(
-    label: str, unit: float, makers: Mapping[float, Callable[[], Action]], arguments: Namespace
-) -> list[Row]:
+def grown(label: str, unit: float, makers: Mapping[float, Make], arguments: Namespace) -> list[Row]:
     """A row for each size."""
     taken = {}
     for size, make in makers.items():  # one after the other: not all of them fit into memory together
-        taken[size] = in_turns({"it": make()}, arguments.repeats, device=arguments.device)["it"]
-    expected = line([float(size) for size in taken], [statistics.median(each) for each in taken.values()])
+        ours, simplest = make()
+        actions = {"ours": ours, "simplest": simplest}
+        taken[size] = in_turns(actions, arguments.repeats, device=arguments.device)
+    ours, simplest = ({size: each[kind] for size, each in taken.items()} for kind in ("ours", "simplest"))
+    on_line, simplest_on_line = over_line(ours), over_line(simplest)
     return [
-        Row(label.format(size / unit), ratios(each, [expected(size)] * len(each)), AT_MOST, each)
-        for size, each in taken.items()
+        Row(
+            label.format(size / unit),
+            on_line[size],
+            AT_MOST,
+            ours[size],
+            note=f"simplest {statistics.median(simplest_on_line[size]):.3f}",
+        )
+        for size in taken
     ]
+
+
+def over_line(taken: Mapping[float, Sequence[float]]) -> dict[float, list[float]]:
+    """Times divided by the line through their medians."""
+    expected = line(list(taken), [statistics.median(each) for each in taken.values()])
+    return {size: ratios(each, [expected(size)] * len(each)) for size, each in taken.items()}
 
 
 def line(sizes: Sequence[float], times: Sequence[float]) -> Callable[[float], float]:
@@ -72,43 +89,48 @@ def line(sizes: Sequence[float], times: Sequence[float]) -> Callable[[float], fl
     return lambda size: float(slope * size / x.max() + start)
 
 
-def event_of(size: float, probes: int, steps: int, arguments: Namespace) -> Callable[[], Action]:
+def event_of(size: float, probes: int, steps: int, arguments: Namespace) -> Make:
     """A scoring event of AlterEva with so many batches."""
 
-    def make() -> Action:
+    def make() -> tuple[Action, Action]:
         torch.manual_seed(0)
         towers = Towers(size).to(arguments.device)
         calibration = calibration_of(towers, towers.batches(max(probes, steps), 1))
-        return partial(event, AlterEva(num_probe_batches=probes, num_reactivation_steps=steps), calibration)
+        criterion = AlterEva(num_probe_batches=probes, num_reactivation_steps=steps)
+        return partial(event, criterion, calibration), partial(bare_loop, criterion, calibration)
 
     return make
 
 
-def selection_of(size: float, arguments: Namespace) -> Callable[[], Action]:
+def selection_of(size: float, arguments: Namespace) -> Make:
     """Global selection among so many scores, in tensors as the towers have them."""
 
-    def make() -> Action:
-        scores = {name: weight.detach().abs() for name, weight in weights(size, arguments).items()}
-        return partial(top_k, scores, SPARSITY, min_density=MIN_DENSITY)
+    def make() -> tuple[Action, Action]:
+        parameters = Towers(size).to(arguments.device).named_parameters()
+        scores = {name: weight.detach().abs() for name, weight in parameters}
+        return partial(top_k, scores, SPARSITY, min_density=MIN_DENSITY), partial(kth_value, scores)
 
     return make
 
 
-def masking_of(size: float, arguments: Namespace) -> Callable[[], Action]:
+def masking_of(size: float, arguments: Namespace) -> Make:
     """Applying masks, as after each training step."""
 
-    def make() -> Action:
+    def make() -> tuple[Action, Action]:
         towers = Towers(size).to(arguments.device)
         parameters = dict(towers.named_parameters())
         masks = Masks({name: torch.rand_like(p) >= SPARSITY for name, p in parameters.items()})
-        return partial(masks.apply_, towers)
+        return partial(masks.apply_, towers), lambda: [
+            each.detach().mul_(1.0) for each in parameters.values()
+        ]
 
     return make
 
 
-def weights(size: float, arguments: Namespace) -> dict[str, torch.Tensor]:
-    """Weights of the towers by name."""
-    return dict(Towers(size).to(arguments.device).named_parameters())
+def kth_value(scores: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The threshold, all scores in one tensor."""
+    flat = torch.cat([each.flatten() for each in scores.values()])
+    return flat.kthvalue(max(1, round(SPARSITY * flat.numel()))).values
 
 
 if __name__ == "__main__":

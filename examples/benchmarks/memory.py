@@ -15,6 +15,7 @@ batches are small, so that activations count for little. Each case has a process
 import ctypes
 import gc
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -42,6 +43,7 @@ from examples.benchmarks.step import layers
 from examples.benchmarks.workloads import Towers
 
 SPARSITY, ROUNDS = 0.9, 5
+WARM_UP = 1e3  # weights
 CRITERION = AlterEva(num_probe_batches=2, num_reactivation_steps=2)
 Measured = Mapping[str, float]
 """Bytes by name."""
@@ -53,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.quick:
         arguments.parameters = 1e4
     if arguments.case:
+        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
         print(json.dumps(CASES[arguments.case](arguments.parameters)))
         return
     runs = [{case: measure(case, arguments) for case in CASES} for _ in range(arguments.repeats)]
@@ -93,7 +96,7 @@ def scoring(action: Callable[[Any], object], num_parameters: float) -> Measured:
     torch.manual_seed(0)
     towers = Towers(num_parameters)
     calibration = calibration_of(towers, towers.batches(2, 1))
-    action(calibration_of(Towers(1e3), Towers(1e3).batches(2, 1)))  # whatever is set up on first use
+    action(calibration_of(Towers(WARM_UP), Towers(WARM_UP).batches(2, 1)))  # whatever is set up on first use
     trim()
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew from here
     action(calibration)
@@ -135,6 +138,8 @@ class TorchPrune(Callback):
 
 def training(make: Callable[[Towers], list[Callback]], num_parameters: float) -> Measured:
     """Memory of a run of five epochs of two batches, and the size of its checkpoint."""
+    if num_parameters > WARM_UP:
+        training(make, WARM_UP)  # whatever is set up on first use
     torch.manual_seed(0)
     towers, watch = Towers(num_parameters), Watch()
     batches = DataLoader(towers.batches(2, 1), batch_size=None)

@@ -12,6 +12,14 @@ from torch import Tensor, nn
 
 from altermoma_pl.distributed import full, is_sharded, local, sharded_like, sums
 
+_INTEGERS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+}
+_CHUNK = 2**18  # elements; the mask becomes integers of the tensor's width, which then fit in the cache
+
 
 class Masks(Mapping[str, Tensor]):
     """Parameter name -> boolean tensor of the parameter's shape, True = keep.
@@ -121,8 +129,7 @@ class Masks(Mapping[str, Tensor]):
         """Set the pruned weights of `model` to zero, in place."""
         parameters = dict(model.named_parameters())
         for name, mask in self.items():
-            # Not a product: infinity times 0 is NaN.
-            local(parameters[name]).masked_fill_(~local(mask), 0)
+            keep_only_(parameters[name], mask)
 
     @torch.no_grad()
     def mask_gradients_(self, model: nn.Module) -> None:
@@ -131,7 +138,7 @@ class Masks(Mapping[str, Tensor]):
         for name, mask in self.items():
             gradient = parameters[name].grad
             if gradient is not None:
-                local(gradient).masked_fill_(~local(mask), 0)
+                keep_only_(gradient, mask)
 
     def to(self, model: nn.Module) -> Masks:
         """The same masks, each on the device of its parameter in `model`, and sharded as that is."""
@@ -166,6 +173,31 @@ def _placed(mask: Tensor, parameter: Tensor) -> Tensor:
 
 def _all_bits(mask: Tensor) -> Tensor:
     return _pack(full(mask.to(torch.uint8)).bool().cpu() if is_sharded([mask]) else mask.cpu())
+
+
+def keep_only_(tensor: Tensor, mask: Tensor) -> None:
+    """Set to +0, in place and whatever was there, what `mask` does not keep; call it under `no_grad`.
+
+    This runs after every training step, so it is made for speed: the bits of floats, taken as an integer,
+    times 1 or 0. Infinity or NaN times 0 would be NaN as floats, and `masked_fill_` goes through elements
+    one by one: a product, a chunk at a time, was 3 to 6 times as fast on a CPU.
+
+    Args:
+        tensor: Any shape, type and memory layout; of a sharded one the rows of this process are set.
+        mask: Booleans of the same shape; fastest in the same memory layout.
+    """
+    tensor, mask = local(tensor), local(mask)
+    integer = _INTEGERS.get(tensor.dtype)
+    if integer is None:
+        tensor.masked_fill_(~mask, 0)
+        return
+    bits = tensor.view(integer)
+    if tensor.numel() <= _CHUNK or tensor.is_cuda:
+        bits.mul_(mask)
+        return
+    rows = max(1, _CHUNK * len(tensor) // tensor.numel())
+    for part, kept in zip(torch.split(bits, rows), torch.split(mask, rows), strict=True):
+        part.mul_(kept)
 
 
 def _pack(mask: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from altermoma_pl.callback.several import callbacks_of
-from altermoma_pl.masks import Masks
+from altermoma_pl.masks import Masks, keep_only_
 
 
 @torch.no_grad()
@@ -32,7 +32,7 @@ def hold_everywhere_(
         for name, mask in masks.items():
             tensor = tensors[name]
             if isinstance(tensor, DTensor) == isinstance(mask, DTensor):
-                tensor.masked_fill_(~mask.to(tensor.device), 0)
+                keep_only_(tensor, mask.to(tensor.device))
 
 
 def copies(trainer: Trainer, module: nn.Module, masks: Masks) -> Iterator[dict[str, Tensor]]:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from altermoma_pl.masks import Masks
+from altermoma_pl.distributed import local
+from altermoma_pl.masks import Masks, keep_only_
 
 
 class Enforcement:
@@ -48,7 +49,10 @@ class Enforcement:
     @masks.setter
     def masks(self, masks: Masks) -> None:
         self._masks = masks
-        self._pairs = [(self._parameters[name], mask) for name, mask in masks.items()]
+        # Tensors that nothing was pruned of need no work, step after step.
+        self._pairs = [
+            (self._parameters[name], mask) for name, mask in masks.items() if not local(mask).all()
+        ]
         self.hold_()
         self._zero_moments_()
 
@@ -56,14 +60,14 @@ class Enforcement:
     def hold_(self) -> None:
         """Set the pruned weights to zero."""
         for parameter, mask in self._pairs:
-            parameter.masked_fill_(~mask, 0)
+            keep_only_(parameter, mask)
 
     @torch.no_grad()
     def hold_gradients_(self) -> None:
         """Set the gradients of pruned weights to zero: see `reads_gradients`."""
         for parameter, mask in self._pairs:
             if parameter.grad is not None:
-                parameter.grad.masked_fill_(~mask, 0)
+                keep_only_(parameter.grad, mask)
 
     def release(self) -> None:
         """Remove the hooks."""
@@ -82,4 +86,4 @@ class Enforcement:
                 # Not optimizer.state[...]: that would create an entry for a parameter that has none.
                 for moment in optimizer.state.get(parameter, {}).values():
                     if isinstance(moment, Tensor) and moment.shape == parameter.shape:
-                        moment.masked_fill_(~mask, 0)
+                        keep_only_(moment, mask)

@@ -20,8 +20,10 @@ from altermoma_pl.callback.checks import (
     warn_if_short,
 )
 from altermoma_pl.callback.enforcement import Enforcement
+from altermoma_pl.callback.interruptions import resume_with_first_batch, signals_held
 from altermoma_pl.callback.loaders import ProbeLoader
 from altermoma_pl.callback.loss import check_loss, loss_function
+from altermoma_pl.callback.memory import memory_advice
 from altermoma_pl.callback.rewinding import RewindPoint, check_rewindable
 from altermoma_pl.callback.scoring import Decision, check_batches, decide, scoring_batches, target_at
 from altermoma_pl.callback.state import PruningState
@@ -181,7 +183,8 @@ class AlterMOMACallback(Callback):
         if epoch == self.schedule.rewinds_to and (point is None or point.epoch != epoch):
             self._state.rewind_point = RewindPoint.take(trainer, pl_module)
         if epoch == 0 if trial else self.schedule.is_due(epoch):
-            self._prune(trainer, pl_module, epoch)
+            with signals_held():
+                self._prune(trainer, pl_module, epoch)
         if epoch >= self.schedule.last_epoch:
             self._state.rewind_point = None  # nothing is left that would need it
 
@@ -201,9 +204,10 @@ class AlterMOMACallback(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Never save masks and weights that disagree."""
+        """Never save masks and weights that disagree, nor counts that skip the epoch that begins."""
         if self._enforcement is not None:
             self._enforcement.hold_()
+        resume_with_first_batch(checkpoint)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let go of the optimizers, and say so if training ended before the last event."""
@@ -211,7 +215,9 @@ class AlterMOMACallback(Callback):
         warn_if_short(self.schedule, self.report(), self._final_count())
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let go of the optimizers."""
+        """Make weights and masks agree, wherever the run was interrupted, and let go of the optimizers."""
+        if self._enforcement is not None and self._state.masks is not None:
+            self._enforcement.masks = self._state.masks
         self._release()
 
     def state_dict(self) -> dict[str, Any]:
@@ -237,8 +243,8 @@ class AlterMOMACallback(Callback):
         decision = self._decide(trainer, module, target)
         if self.schedule.rewinds_to is not None and self._state.rewind_point is not None:
             self._state.rewind_point.restore_(trainer, module)
-        enforcement.masks = decision.masks
         self._state.record(decision, epoch, trainer.global_step, self.store_components)
+        enforcement.masks = decision.masks  # last: what interrupts it is mended in on_exception
         seconds = time.perf_counter() - started
         self._scoring_seconds += seconds
         announce(trainer, self._state, seconds)
@@ -261,7 +267,7 @@ class AlterMOMACallback(Callback):
     def _decide(self, trainer: Trainer, module: LightningModule, target: Sparsity) -> Decision:
         """What stays, with the generators of torch, numpy, `random` and the loaders as they were."""
         needed = self.criterion.uses_batches
-        with scoring_batches(trainer, module, self.loader, self.seed, needed) as batches:
+        with memory_advice(), scoring_batches(trainer, module, self.loader, self.seed, needed) as batches:
             calibration = self._calibration(trainer, module, *batches)
             magnitudes = {name: weight.detach().abs() for name, weight in calibration.weights.items()}
             return decide(self.criterion, calibration, lambda scores: self._top_k(scores, target, magnitudes))

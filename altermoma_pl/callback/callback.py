@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from altermoma_pl.callback.checks import (
     check_long_enough,
     check_not_late,
     check_options,
+    check_same_groups,
     check_zeros,
     warn_if_short,
 )
@@ -155,24 +157,35 @@ class AlterMOMACallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find modalities and weights, take up loaded masks, and hold them from now on."""
         calibration = self._calibration(trainer, pl_module)
-        if self._state.masks is not None:
-            check_zeros(self._state.masks, calibration)
-        self._state.masks = (self._state.masks or Masks.dense(calibration.weights)).to(pl_module)
-        self._state.group_of = calibration.group_of
-        self._final_count()  # raises if floors or earlier masks leave no room for the last event
-        self._enforcement = Enforcement(pl_module, self._state.masks, trainer.optimizers)
+        earlier = self._state
+        if earlier.masks is not None:
+            check_same_groups(earlier.group_of, calibration.group_of)
+            check_zeros(earlier.masks, calibration)
+        masks = (earlier.masks or Masks.dense(calibration.weights)).to(pl_module)
+        self._state = replace(earlier, masks=masks, group_of=calibration.group_of)
+        try:
+            self._final_count()  # raises if floors or earlier masks leave no room for the last event
+        except BaseException:
+            self._state = earlier
+            raise
+        self._enforcement = Enforcement(pl_module, masks, trainer.optimizers)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the schedule anew in a fit that starts anew; refuse what no event could mend."""
-        if trainer.global_step == 0:
-            self._state.last_event_epoch, self._state.rewind_point = -1, None
+        """Refuse what no event could mend; start the schedule anew in a fit that starts anew."""
+        anew = trainer.global_step == 0
+        point = None if anew else self._state.rewind_point
         report, final_count = self.report(), self._final_count()
         if not _is_trial(trainer):
             check_not_late(self.schedule, trainer.current_epoch, report, final_count)
             if report.total.num_kept > final_count:
-                check_rewindable(self.schedule, self._state.rewind_point, trainer.current_epoch)
+                check_rewindable(self.schedule, point, trainer.current_epoch)
+        if point is not None and self.schedule.rewinds_to is not None:
+            point.check_fits(trainer, pl_module)
         if self.criterion.uses_batches:
             check_batches(trainer, pl_module, self.loader)
+        self._state.rewind_point = point
+        if anew:
+            self._state.last_event_epoch = -1
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score and prune if the schedule says so."""

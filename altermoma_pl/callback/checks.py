@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import get_args
 
 from altermoma_pl.callback.loaders import Batches, ProbeLoader
@@ -40,6 +40,16 @@ def check_options(
         raise ValueError(f"sparsity must name each of {known}: unknown are {unknown}, missing are {missing}")
     for group, share in sparsity.items():
         check_sparsity(share, f"sparsity of {group!r}")
+
+
+def check_same_groups(earlier: Mapping[str, str], group_of: Mapping[str, str]) -> None:
+    """Raise a `ValueError` if a weight was of another modality when its mask was made."""
+    for name, group in earlier.items():
+        if group != group_of.get(name, group):
+            raise ValueError(
+                f"{name!r} belongs to {group_of[name]!r}, but to {group!r} in the masks that this callback "
+                f"holds: go on with the modalities they were made for, or give a new callback a dense model"
+            )
 
 
 def check_zeros(masks: Masks, calibration: Calibration) -> None:

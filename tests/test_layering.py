@@ -9,6 +9,7 @@ import altermoma_pl
 
 ROOT = "altermoma_pl"
 LAYERS = [  # lowest first; a file of a folder that is not named belongs to its folder
+    {"options"},
     {"modality", "masks", "schedules", "distributed", "metrics"},
     {"contexts", "sparsity"},
     {"criteria.base", "criteria.components", "criteria.options", "criteria.graph"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from altermoma_pl.callback.checks import (
     check_long_enough,
     check_not_late,
     check_options,
+    check_parts,
     check_same_groups,
     check_zeros,
     warn_if_short,
@@ -112,6 +114,9 @@ class AlterMOMACallback(Callback):
         self.figures = figures
         self.store_components = store_components
         check_options(self.modalities, sparsity, scope, min_density, loader)
+        others = {"figures": (figures, bool), "store_components": (store_components, bool)}
+        folder = None if isinstance(output_dir, Path) else output_dir
+        check_parts(criterion, schedule, prunable, seed, output_dir=(folder, str | None), **others)
         self._state = PruningState()
         self._enforcement: Enforcement | None = None
         self._scoring_seconds = 0.0

@@ -6,7 +6,6 @@ Alternative Modality Masking", NeurIPS 2024, arXiv 2409.17728. Equation numbers 
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -104,8 +103,7 @@ class AlterEva(Criterion):
     def __post_init__(self) -> None:
         if isinstance(self.beta, str) and self.beta != "auto":
             raise ValueError(f"beta must be a number or 'auto', got {self.beta!r}")
-        least = {"alpha": -math.inf} if self.beta == "auto" else {"alpha": -math.inf, "beta": -math.inf}
-        check_options(self, **least, num_probe_batches=1, num_reactivation_steps=0, learning_rate=0)
+        check_options(self, num_probe_batches=1, num_reactivation_steps=0, learning_rate=0)
         if not 0 <= self.magnitude_share <= 1:
             raise ValueError(f"magnitude_share must be in [0, 1], got {self.magnitude_share}")
         if self.gradient_clip is not None and not self.gradient_clip > 0:

@@ -134,6 +134,8 @@ def test_an_interrupt_between_record_and_mask(after_record, tmp_path, monkeypatc
 def test_an_interrupt_between_a_step_and_its_hook(tmp_path):
     def interrupts(optimizer: Any, *_: Any) -> None:
         if module.trainer.current_epoch == 2:
+            with torch.no_grad():
+                module.head.weight.add_(1.0)  # an optimizer that moves pruned weights
             raise KeyboardInterrupt
 
     class Hooked(Fusion):

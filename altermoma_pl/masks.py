@@ -157,13 +157,15 @@ class Masks(Mapping[str, Tensor]):
         """Rebuild masks from `state_dict()`, on the CPU.
 
         Raises:
-            ValueError: If an entry lacks a key or its bits do not fill its shape.
+            ValueError: If an entry does not hold a shape and the bits that fill it.
         """
+        if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
+            raise ValueError(f"state of masks must map parameter names to entries, got {state!r:.80}")
         masks = {}
         for name, entry in state.items():
-            if not isinstance(entry, Mapping) or not {"shape", "bits"} <= entry.keys():
+            if not isinstance(entry, Mapping) or entry.keys() != {"shape", "bits"}:
                 raise ValueError(f"state of the mask of {name!r} must hold 'shape' and 'bits', got {entry!r}")
-            masks[name] = _unpack(name, entry["bits"], torch.Size(entry["shape"]))
+            masks[name] = _unpack(name, entry["bits"], _checked_shape(name, entry["shape"]))
         return cls(masks)
 
 
@@ -207,9 +209,19 @@ def _pack(mask: Tensor) -> Tensor:
     return (padded << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
 
 
-def _unpack(name: str, bits: Tensor, shape: torch.Size) -> Tensor:
+def _checked_shape(name: str, shape: Any) -> torch.Size:
+    if not isinstance(shape, (list, tuple)) or not all(
+        type(length) is int and length >= 0 for length in shape
+    ):
+        raise ValueError(f"state of the mask of {name!r}: shape must be a list of lengths, got {shape!r}")
+    return torch.Size(shape)
+
+
+def _unpack(name: str, bits: Any, shape: torch.Size) -> Tensor:
     size = shape.numel()
-    if bits.dtype != torch.uint8 or bits.numel() != (size + 7) // 8:
+    if not isinstance(bits, Tensor):
+        raise ValueError(f"state of the mask of {name!r}: bits must be a tensor, got {bits!r:.80}")
+    if bits.dtype != torch.uint8 or bits.shape != ((size + 7) // 8,):
         raise ValueError(
             f"state of the mask of {name!r}: {bits.numel()} elements of {bits.dtype} cannot hold "
             f"{size} bits; {(size + 7) // 8} bytes are expected"

@@ -173,6 +173,8 @@ def is_constant(leaf: str, parameter: nn.Parameter) -> bool:
 
 
 def _as_patterns(name: str, value: str | Sequence[str]) -> tuple[str, ...]:
+    if not isinstance(value, Sequence):
+        raise TypeError(f"modality {name!r} needs one pattern or a list of them, got {value!r}")
     patterns = (value,) if isinstance(value, str) else tuple(value)
     for pattern in patterns:
         if not isinstance(pattern, str) or not pattern.lstrip("!"):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+from altermoma_pl.options import check_types
+
 
 class Schedule(ABC):
     """When pruning events happen and which share of the weights is zero after each.
@@ -43,6 +45,7 @@ class OneShot(Schedule):
     epoch: int = 0
 
     def __post_init__(self) -> None:
+        check_types(self, "OneShot: ")
         _check(self.epoch >= 0, f"OneShot: epoch must be at least 0, got {self.epoch}")
 
     @property
@@ -78,6 +81,7 @@ class _Gradual(Schedule):
 
     def __post_init__(self) -> None:
         name = type(self).__name__
+        check_types(self, f"{name}: ")
         _check(
             0 <= self.start <= self.end,
             f"{name}: 0 <= start <= end is needed, got start={self.start}, end={self.end}",
@@ -180,6 +184,7 @@ class Rewinding(Schedule):
     rewind_epoch: int = 0
 
     def __post_init__(self) -> None:
+        check_types(self, "Rewinding: ")
         for name, least in (("rounds", 1), ("epochs_per_round", 1), ("rewind_epoch", 0)):
             value = getattr(self, name)
             _check(value >= least, f"Rewinding: {name} must be at least {least}, got {value}")

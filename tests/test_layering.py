@@ -9,7 +9,7 @@ import altermoma_pl
 
 ROOT = "altermoma_pl"
 LAYERS = [  # lowest first; a file of a folder that is not named belongs to its folder
-    {"distributed"},
+    {"options", "distributed"},
     {"modality", "masks", "schedules", "metrics"},
     {"contexts", "radix"},
     {"selection"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,13 +18,17 @@ from altermoma_pl.callback.checks import (
     check_long_enough,
     check_not_late,
     check_options,
+    check_parts,
+    check_same_groups,
     check_zeros,
     warn_if_short,
 )
 from altermoma_pl.callback.enforcement import Enforcement
 from altermoma_pl.callback.gradients import reads_gradients
+from altermoma_pl.callback.interruptions import resume_with_first_batch, signals_held
 from altermoma_pl.callback.loaders import ProbeLoader
 from altermoma_pl.callback.loss import check_loss, loss_function
+from altermoma_pl.callback.memory import memory_advice
 from altermoma_pl.callback.rewinding import RewindPoint, check_rewindable
 from altermoma_pl.callback.scoring import Decision, check_batches, decide, scoring_batches, target_at
 from altermoma_pl.callback.several import callbacks_of, check_disjoint, check_name
@@ -122,7 +127,9 @@ class AlterMOMACallback(Stateful):
         self.store_components = store_components
         self.on_nonfinite = on_nonfinite
         check_options(self.modalities, sparsity, scope, min_density, loader, on_nonfinite)
-        self._masks_gradients = False
+        others = {"figures": (figures, bool), "store_components": (store_components, bool)}
+        folder = None if isinstance(output_dir, Path) else output_dir
+        check_parts(criterion, schedule, prunable, seed, output_dir=(folder, str | None), **others)
 
     # When: Lightning's hooks, in the order in which they come.
 
@@ -145,18 +152,23 @@ class AlterMOMACallback(Stateful):
         self._take_up(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the schedule anew in a fit that starts anew; refuse what no event could mend."""
+        """Refuse what no event could mend; start the schedule anew in a fit that starts anew."""
         self._take_up(trainer, pl_module)
-        if trainer.global_step == 0:
-            self._state.last_event_epoch, self._state.rewind_point = -1, None
+        anew = trainer.global_step == 0
+        point = None if anew else self._state.rewind_point
         report, final_count = self.report(), self._final_count(self._state)
         if not _is_trial(trainer):
             check_not_late(self.schedule, trainer.current_epoch, report, final_count)
             if report.total.num_kept > final_count:
-                check_rewindable(self.schedule, self._state.rewind_point, trainer.current_epoch)
+                check_rewindable(self.schedule, point, trainer.current_epoch)
+        if point is not None and self.schedule.rewinds_to is not None:
+            point.check_fits(trainer, pl_module)
         if self.criterion.uses_batches:
             check_batches(trainer, pl_module, self.loader)
         self._masks_gradients = reads_gradients(trainer, pl_module)
+        self._state.rewind_point = point
+        if anew:
+            self._state.last_event_epoch = -1
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score and prune if the schedule says so."""
@@ -169,7 +181,8 @@ class AlterMOMACallback(Stateful):
         if epoch == self.schedule.rewinds_to and (point is None or point.epoch != epoch):
             self._state.rewind_point = RewindPoint.take(trainer, pl_module)
         if epoch == 0 if trial else self.schedule.is_due(epoch):
-            self._prune(trainer, pl_module, epoch)
+            with signals_held():
+                self._prune(trainer, pl_module, epoch)
         if epoch >= self.schedule.last_epoch:
             self._state.rewind_point = None  # nothing is left that would need it
 
@@ -179,28 +192,12 @@ class AlterMOMACallback(Stateful):
         """Catch up: a resumed run may enter an epoch without its start hook."""
         self.on_train_epoch_start(trainer, pl_module)
 
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take pruned weights out of the gradient, before anything clips it or measures it."""
-        if self._enforcement is not None and self._masks_gradients:
-            self._enforcement.hold_gradients_()
-
-    def on_validation_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """By now averages have been exchanged with the weights: validate what will be saved."""
-        if batch_idx == 0 and dataloader_idx == 0:
-            self._hold(trainer, pl_module)
-
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Never save masks and weights that disagree."""
+        """Never save masks and weights that disagree, nor counts that skip the epoch that begins."""
         self._hold(trainer, pl_module, checkpoint["state_dict"])
+        resume_with_first_batch(checkpoint)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hold what training left in the module, averages too; say so if it ended before the last event."""
@@ -209,15 +206,6 @@ class AlterMOMACallback(Stateful):
         if trainer.is_global_zero:
             warn_if_short(self.schedule, report, final_count)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Undo half a step, or finish half an event; then let go of the optimizers."""
-        self._hold(trainer, pl_module)
-        self._release()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of the optimizers."""
-        self._release()
-
     # What happens in an event, and before the first.
 
     def _take_up(self, trainer: Trainer, module: LightningModule) -> None:
@@ -225,7 +213,9 @@ class AlterMOMACallback(Stateful):
             return
         calibration = self._calibration(trainer, module)
         masks = (self._state.masks or Masks.dense(calibration.weights)).to(module)
-        check_zeros(masks, calibration)
+        if self._state.masks is not None:
+            check_same_groups(self._state.group_of, calibration.group_of)
+            check_zeros(masks, calibration)
         for other in self._others(trainer):
             check_disjoint(masks, other.masks or (), self.name, other.name)
         state = replace(self._state, masks=masks, group_of=calibration.group_of)
@@ -277,7 +267,7 @@ class AlterMOMACallback(Stateful):
     def _decide(self, trainer: Trainer, module: LightningModule, target: Sparsity) -> Decision:
         """What stays, with the generators of torch, numpy, `random` and the loaders as they were."""
         needed = self.criterion.uses_batches
-        with scoring_batches(trainer, module, self.loader, self.seed, needed) as batches:
+        with memory_advice(), scoring_batches(trainer, module, self.loader, self.seed, needed) as batches:
             calibration = self._calibration(trainer, module, *batches)
             weights = calibration.weights
             magnitudes = Computed(weights, lambda name: weights[name].detach().abs())

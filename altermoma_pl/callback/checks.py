@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
-from typing import get_args
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from altermoma_pl.callback.loaders import Batches, ProbeLoader
-from altermoma_pl.criteria import Calibration
+from altermoma_pl.criteria import Calibration, Criterion
 from altermoma_pl.criteria.base import known_length
 from altermoma_pl.criteria.finite import OnNonFinite
 from altermoma_pl.distributed import local, sums
 from altermoma_pl.masks import Masks
 from altermoma_pl.modality import SHARED
+from altermoma_pl.options import check_type
 from altermoma_pl.report import SparsityReport
 from altermoma_pl.schedules import Schedule
 from altermoma_pl.sparsity import Scope, check_density, check_sparsity
@@ -29,25 +30,67 @@ def check_options(
     on_nonfinite: str,
 ) -> None:
     """Raise a `ValueError` if an option of the callback is out of range or names an unknown modality."""
-    for option, value, allowed in (
-        ("scope", scope, get_args(Scope)),
-        ("loader", loader, get_args(ProbeLoader)),
-        ("on_nonfinite", on_nonfinite, get_args(OnNonFinite)),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{option} must be one of {list(allowed)}, got {value!r}")
+    check_type("scope", scope, Scope)
+    check_type("loader", loader, ProbeLoader)
+    check_type("min_density", min_density, float)
+    check_type("on_nonfinite", on_nonfinite, OnNonFinite)
     check_density(min_density)
     if not isinstance(sparsity, dict):
-        check_sparsity(sparsity)
+        check_sparsity(_number(sparsity))
         return
     if scope != "modality":
-        raise ValueError(f"one sparsity for each modality needs scope='modality', got {scope!r}")
+        raise ValueError(
+            f"one sparsity for each modality needs scope='modality', got {scope!r} with sparsity={sparsity!r}"
+        )
     known = [*modalities, SHARED]
     unknown, missing = [g for g in sparsity if g not in known], [g for g in known if g not in sparsity]
     if unknown or missing:
         raise ValueError(f"sparsity must name each of {known}: unknown are {unknown}, missing are {missing}")
     for group, share in sparsity.items():
-        check_sparsity(share, f"sparsity of {group!r}")
+        check_sparsity(_number(share), f"sparsity of {group!r}")
+
+
+def check_parts(
+    criterion: Criterion, schedule: Schedule, prunable: list[str] | None, seed: int, **others: Any
+) -> None:
+    """Raise a `ValueError` if an option of the callback is of another type than described.
+
+    Args:
+        criterion: Must be a `Criterion`.
+        schedule: Must be a `Schedule`.
+        prunable: Must be a list of strings, or None.
+        seed: Must be one that torch takes.
+        **others: Name -> value and annotation.
+    """
+    for name, part, kind in (("criterion", criterion, Criterion), ("schedule", schedule, Schedule)):
+        if not isinstance(part, kind):
+            raise ValueError(
+                f"{name} must be an object that derives from {kind.__name__}, got {part!r}: give for example "
+                f"{'Magnitude()' if kind is Criterion else 'OneShot(0)'}"
+            )
+    listed = prunable is None or isinstance(prunable, (list, tuple))
+    if not listed or not all(isinstance(pattern, str) and pattern for pattern in prunable or ()):
+        raise ValueError(f"prunable must be a list of patterns over parameter names, got {prunable!r}")
+    check_type("seed", seed, int)
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be at least 0 and below 2**63, got {seed}")
+    for name, (value, hint) in others.items():
+        check_type(name, value, hint)
+
+
+def _number(value: Any) -> Any:
+    """The value, in a form that is no number where it is a boolean."""
+    return repr(value) if isinstance(value, bool) else value
+
+
+def check_same_groups(earlier: Mapping[str, str], group_of: Mapping[str, str]) -> None:
+    """Raise a `ValueError` if a weight was of another modality when its mask was made."""
+    for name, group in earlier.items():
+        if group != group_of.get(name, group):
+            raise ValueError(
+                f"{name!r} belongs to {group_of[name]!r}, but to {group!r} in the masks that this callback "
+                f"holds: go on with the modalities they were made for, or give a new callback a dense model"
+            )
 
 
 def check_zeros(masks: Masks, calibration: Calibration) -> None:

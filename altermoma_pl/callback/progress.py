@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from altermoma_pl.criteria.base import Progress, no_progress
 
@@ -19,7 +20,8 @@ def scoring_bar(trainer: Trainer) -> Iterator[Progress]:
     """A bar that restarts with each phase; nothing is shown where the Trainer shows no bar.
 
     Yields:
-        A function of the phase, its batches done and their total, if known.
+        A function of the phase, its batches done and their total, if known. It raises `SIGTERMException`
+        after a SIGTERM, which Lightning only notes: who sends it does not wait for the end of an event.
     """
     lightning_bar = trainer.progress_bar_callback
     if isinstance(lightning_bar, RichProgressBar) and lightning_bar.progress is not None:
@@ -27,12 +29,22 @@ def scoring_bar(trainer: Trainer) -> Iterator[Progress]:
     elif isinstance(lightning_bar, TQDMProgressBar) and lightning_bar.is_enabled:
         bar = _TqdmBar()
     else:
-        yield no_progress
+        yield _stoppable(trainer, no_progress)
         return
     try:
-        yield bar.show
+        yield _stoppable(trainer, bar.show)
     finally:
         bar.close()
+
+
+def _stoppable(trainer: Trainer, show: Progress) -> Progress:
+    def progress(phase: str, done: int, total: int | None) -> None:
+        # One of several processes must not leave the others waiting; Lightning stops them together.
+        if trainer.received_sigterm and trainer.world_size == 1:
+            raise SIGTERMException
+        show(phase, done, total)
+
+    return progress
 
 
 class _TqdmBar:

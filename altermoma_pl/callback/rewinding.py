@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
+from altermoma_pl.callback.damage import check_epoch, misfit, misfit_of_optimizer
 from altermoma_pl.schedules import Schedule
 
 
@@ -55,8 +56,8 @@ class RewindPoint:
             ValueError: If parameters, buffers, optimizers or schedulers are not those of that time;
                 nothing is changed then.
         """
+        self.check_fits(trainer, module)
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        self._check_fits(module, len(trainer.optimizers), len(schedulers))
         for name, live in [*module.named_parameters(), *module.named_buffers()]:
             live.copy_(self._tensors[name])
         # Copies: optimizers and schedulers keep what they load, and go on to change it.
@@ -74,32 +75,50 @@ class RewindPoint:
         """Rebuild from `state_dict()`.
 
         Raises:
-            ValueError: If a key is missing or unknown.
+            ValueError: If a key is missing or unknown, or a value of another type than described.
         """
-        expected = sorted(field.name for field in fields(cls))
-        if sorted(state) != expected:
-            raise ValueError(f"state of a rewind point must hold {expected}, got {sorted(state)}")
+        expected = {field.name for field in fields(cls)}
+        if not isinstance(state, Mapping) or state.keys() != expected:
+            found = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(f"state of a rewind point must hold {sorted(expected)}, got {found}")
+        check_epoch("epoch of the rewind point", state["epoch"])
+        for part, kind in (("parameters", Tensor), ("buffers", Tensor)):
+            _check_values(part, state[part], dict, kind)
+        for part in ("optimizers", "schedulers"):
+            _check_values(part, state[part], list, dict)
         return cls(**state)
 
     @property
     def _tensors(self) -> dict[str, Tensor]:
         return self.parameters | self.buffers
 
-    def _check_fits(self, module: nn.Module, num_optimizers: int, num_schedulers: int) -> None:
-        found: dict[str, Any] = {
-            name: tuple(live.shape) for name, live in [*module.named_parameters(), *module.named_buffers()]
-        }
-        expected: dict[str, Any] = {name: tuple(saved.shape) for name, saved in self._tensors.items()}
-        found |= {"number of optimizers": num_optimizers, "number of schedulers": num_schedulers}
-        expected |= {
-            "number of optimizers": len(self.optimizers),
-            "number of schedulers": len(self.schedulers),
-        }
+    def check_fits(self, trainer: Trainer, module: LightningModule) -> None:
+        """Raise a `ValueError` if parameters, buffers, optimizers or schedulers are others by now."""
+        live: dict[str, Tensor] = dict(module.named_parameters()) | dict(module.named_buffers())
+        found: dict[str, Any] = {name: tuple(tensor.shape) for name, tensor in live.items()}
+        expected: dict[str, Any] = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+        found |= {f"type of {name}": tensor.dtype for name, tensor in live.items()}
+        expected |= {f"type of {name}": tensor.dtype for name, tensor in self._tensors.items()}
+        schedulers = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
+        for what, now, then in (
+            ("optimizers", trainer.optimizers, self.optimizers),
+            ("schedulers", schedulers, self.schedulers),
+        ):
+            found[f"number of {what}"], expected[f"number of {what}"] = len(now), len(then)
         names = [n for n in sorted(found.keys() | expected.keys()) if found.get(n) != expected.get(n)]
         if names:
             raise ValueError(
                 f"cannot rewind to epoch {self.epoch}, these have changed since then: "
                 + ", ".join(f"{n} (now {found.get(n)}, then {expected.get(n)})" for n in names)
+            )
+        problems = [
+            misfit_of_optimizer(*each) for each in zip(self.optimizers, trainer.optimizers, strict=True)
+        ]
+        problems += [misfit(*each, "scheduler") for each in zip(self.schedulers, schedulers, strict=True)]
+        for problem in filter(None, problems):
+            raise ValueError(
+                f"cannot rewind to epoch {self.epoch}: what was saved at {problem!r} does not fit; resume "
+                f"from another checkpoint, or start a new fit from the weights alone"
             )
 
 
@@ -111,6 +130,15 @@ def check_rewindable(schedule: Schedule, point: RewindPoint | None, epoch: int) 
             f"{schedule} rewinds to the start of epoch {target}, but this run is at epoch {epoch} and has no "
             f"state of that epoch: start a new fit from the weights alone, or resume from a checkpoint that "
             f"was saved with this schedule and before its last event"
+        )
+
+
+def _check_values(part: str, value: Any, container: type, kind: type) -> None:
+    values = value.values() if isinstance(value, dict) else value
+    named = not isinstance(value, dict) or all(isinstance(name, str) for name in value)
+    if not isinstance(value, container) or not named or not all(isinstance(each, kind) for each in values):
+        raise ValueError(
+            f"{part} of the rewind point must be a {container.__name__} of {kind.__name__}, got {value!r:.80}"
         )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from altermoma_pl.callback.damage import check_components, check_epoch, check_events, check_groups
 from altermoma_pl.callback.rewinding import RewindPoint
 from altermoma_pl.callback.scoring import Decision
 from altermoma_pl.criteria import Components
@@ -26,7 +27,8 @@ class PruningState:
         last_event_epoch: Epoch of the latest event, -1 before the first.
         events: One entry for each event, oldest first: "epoch", "step", "sparsity", "kept" (group ->
             share) and "losses"; with beta="auto" also the "beta" that was chosen and "beta_losses", the
-            loss of each candidate by its name, None if not finite.
+            loss of each candidate by its name, None if not finite; "num_skipped", if any batch was left
+            out because its loss or gradient was not finite.
         components: DeCI and ReRI of the latest event, where the criterion has them and they are stored.
         rewind_point: What the events that are left rewind to; None where the schedule rewinds nothing.
     """
@@ -57,20 +59,36 @@ class PruningState:
         Raises:
             ValueError: If the format is unknown, a key is missing or unknown, or a part is damaged.
         """
-        if state.get("format", FORMAT) != FORMAT:
-            raise ValueError(f"the pruning state has format {state['format']}, this version reads {FORMAT}")
-        expected = cls().state_dict().keys()
-        if state.keys() != expected:
+        found = state.get("format", FORMAT) if isinstance(state, Mapping) else FORMAT
+        if type(found) is not int or found != FORMAT:
             raise ValueError(
-                f"the pruning state in the checkpoint is damaged: it must hold {sorted(expected)}, "
-                f"got {sorted(state)}"
+                f"the pruning state has format {found!r:.80}, this version reads {FORMAT}: resume with the "
+                f"version of altermoma_pl that saved it, or start a new fit from the weights alone"
             )
-        masks = Masks.from_state_dict(state["masks"]) if state["masks"] else None
-        if set(masks or {}) != set(state["group_of"]):
-            raise ValueError("the pruning state in the checkpoint is damaged: masks and groups differ")
-        components = Components.from_state_dict(state["components"]) if state["components"] else None
+        try:
+            return cls._from_checked(state)
+        except ValueError as error:
+            raise ValueError(
+                f"the pruning state in the checkpoint is damaged: {error}; resume from another "
+                f"checkpoint, or start a new fit from the weights alone"
+            ) from error
+
+    @classmethod
+    def _from_checked(cls, state: Mapping[str, Any]) -> PruningState:
+        expected = cls().state_dict().keys()
+        if not isinstance(state, Mapping) or state.keys() != expected:
+            found = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(f"it must hold {sorted(expected)}, got {found}")
+        masks = None if state["masks"] is None else Masks.from_state_dict(state["masks"])
+        saved, saved_point = state["components"], state["rewind_point"]
+        components = None if saved is None else Components.from_state_dict(saved)
+        point = None if saved_point is None else RewindPoint.from_state_dict(saved_point)
+        check_groups(state["group_of"], masks)
+        check_epoch("last_event_epoch", state["last_event_epoch"], least=-1)
+        check_events(state["events"], masks)
+        if components is not None:
+            check_components(components, masks, state["group_of"])
         events = [dict(event) for event in state["events"]]
-        point = RewindPoint.from_state_dict(state["rewind_point"]) if state["rewind_point"] else None
         return cls(masks, dict(state["group_of"]), state["last_event_epoch"], events, components, point)
 
     @property
@@ -94,6 +112,8 @@ class PruningState:
         if decision.beta is not None:
             finite = {f"{b:g}": x if math.isfinite(x) else None for b, x in decision.beta_losses.items()}
             event |= {"beta": decision.beta, "beta_losses": finite}
+        if decision.num_skipped:
+            event["num_skipped"] = decision.num_skipped
         self.events.append(event)
 
     def report(self) -> SparsityReport:

@@ -1,4 +1,4 @@
-"""What a user may ask of the callback, and what of it goes into checkpoints, copies and pickles."""
+"""What the callback holds: the state of pruning, and during fit weights at zero."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class Stateful(Callback):
         self.name = name
         self._state = PruningState()
         self._enforcement: Enforcement | None = None
+        self._masks_gradients = False
         self._scoring_seconds = 0.0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -70,6 +71,32 @@ class Stateful(Callback):
         if self._enforcement is not None and state.masks is not None:  # during fit: by a tuner
             state.masks = state.masks.to(self._enforcement.model)
         self._state = state
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take pruned weights out of the gradient, before anything clips it or measures it."""
+        if self._enforcement is not None and self._masks_gradients:
+            self._enforcement.hold_gradients_()
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """By now averages have been exchanged with the weights: validate what will be saved."""
+        if batch_idx == 0 and dataloader_idx == 0:
+            self._hold(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Undo half a step, or finish half an event; then let go of the optimizers."""
+        self._hold(trainer, pl_module)
+        self._release()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the optimizers."""
+        self._release()
 
     def _hold(self, trainer: Trainer, module: LightningModule, saved: dict[str, Any] | None = None) -> None:
         """Bring the weights, and copies of them, in line with the state's masks; only during fit."""

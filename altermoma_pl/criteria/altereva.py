@@ -6,11 +6,11 @@ Alternative Modality Masking", NeurIPS 2024, arXiv 2409.17728. Equation numbers 
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from altermoma_pl.contexts import deactivated, noise_free, restored
@@ -108,8 +108,7 @@ class AlterEva(Criterion):
     def __post_init__(self) -> None:
         if isinstance(self.beta, str) and self.beta != "auto":
             raise ValueError(f"beta must be a number or 'auto', got {self.beta!r}")
-        least = {"alpha": -math.inf} if self.beta == "auto" else {"alpha": -math.inf, "beta": -math.inf}
-        check_options(self, **least, num_probe_batches=1, num_reactivation_steps=0, learning_rate=0)
+        check_options(self, num_probe_batches=1, num_reactivation_steps=0, learning_rate=0)
         if not 0 <= self.magnitude_share <= 1:
             raise ValueError(f"magnitude_share must be in [0, 1], got {self.magnitude_share}")
         if self.gradient_clip is not None and not self.gradient_clip > 0:
@@ -215,7 +214,7 @@ class AlterEva(Criterion):
             scores[name] = self.alpha * lead - beta * other if subtract else lead * other
         if masks is None:
             return scores
-        return {name: s.masked_fill_(~masks[name].to(s.device), -math.inf) for name, s in scores.items()}
+        return {name: s.masked_fill_(~masks[name].to(s.device), -torch.inf) for name, s in scores.items()}
 
     def _redundancy(self, change: Gradients, calibration: Calibration) -> dict[str, Tensor]:
         """R_i from the change of gradients, at the weights that the model has now."""

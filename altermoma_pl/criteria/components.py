@@ -47,8 +47,29 @@ class Components:
         """Rebuild from `state_dict()`.
 
         Raises:
-            ValueError: If a key is missing or unknown.
+            ValueError: If a key is missing or unknown, or a value of another type than described.
         """
-        if state.keys() != _KEYS:
-            raise ValueError(f"state of components must hold {sorted(_KEYS)}, got {sorted(state)}")
+        if not isinstance(state, Mapping) or state.keys() != _KEYS:
+            raise ValueError(f"state of components must hold {sorted(_KEYS)}, got {_named(state)}")
+        if not isinstance(state["reri"], Mapping):
+            raise ValueError(
+                f"'reri' of components must map modalities to tensors by name, got {state['reri']!r}"
+            )
+        tensors = {"deci": state["deci"], "magnitude": state["magnitude"]}
+        tensors |= {f"reri of {modality!r}": own for modality, own in state["reri"].items()}
+        for what, value in tensors.items():
+            _check_values(what, value, Tensor)
+        _check_values("group_of", state["group_of"], str)
+        _check_values("losses", state["losses"], (int, float))
         return cls(**state)
+
+
+def _check_values(what: str, value: Any, kind: type | tuple[type, ...]) -> None:
+    named = isinstance(value, Mapping) and all(isinstance(name, str) for name in value)
+    if not named or not all(isinstance(each, kind) for each in value.values()):
+        kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+        raise ValueError(f"{what!r} of components must map names to {kinds}, got {value!r:.80}")
+
+
+def _named(state: Any) -> Any:
+    return sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__

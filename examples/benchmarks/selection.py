@@ -2,9 +2,9 @@
 
 python examples/benchmarks/selection.py --sizes 1000000 100000000 --json selection.json
 
-Times are of one process, methods taking turns. Memory is how far the resident memory of a fresh process rises
-above what it holds with its scores (the kernel's VmHWM, Linux only), without the masks that are returned, as a
-share of the scores' own.
+Times are of one process, methods taking turns. Memory is how far the resident memory of a fresh process
+rises above what it holds with its scores (the kernel's VmHWM, Linux only), without the masks that are
+returned, as a share of the scores' own.
 """
 
 import argparse

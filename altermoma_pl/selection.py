@@ -72,6 +72,18 @@ class Ranking:
         if left < equal:
             self._keep_first_(order, key, left)
 
+    def count_kept(self, names: list[str]) -> dict[str, int]:
+        """Parameter name -> number of weights that are kept, of all processes."""
+        counts = [int(self._kept[name].count_nonzero()) for name in names]
+        totals = map(int, sums(counts)) if self._sharded else counts
+        return dict(zip(names, totals, strict=True))
+
+    def forget_(self, names: list[str]) -> None:
+        """Keep nothing of these parameters."""
+        for name in names:
+            self._kept[name].zero_()
+        self._begun.difference_update(names)
+
     @torch.no_grad()
     def keep_best_in_rows_(self, name: str, count: int) -> None:
         """Keep the `count` best weights in each row of a parameter of two or more dimensions.

@@ -142,13 +142,18 @@ def _modality_scopes(
 def _keep_best_(
     ranking: Ranking, label: str, sizes: Mapping[str, int], sparsity: float, min_density: float
 ) -> None:
-    """What each tensor's floor protects, then the best of the rest."""
+    """What each tensor's floor protects, and the best of the rest."""
     total = sum(sizes.values())
     count = total - round(sparsity * total)
     _check_enough(label, sparsity, count, sum(ranking.num_alive[name] for name in sizes), total)
     floors = {name: _floor(size, ranking.num_alive[name], min_density) for name, size in sizes.items()}
     protected = sum(floors.values())
     _check_floors(label, sparsity, count, total, min_density, protected)
+    ranking.keep_best_(list(sizes), count)
+    kept = ranking.count_kept(list(sizes))
+    if all(kept[name] >= floor for name, floor in floors.items()):
+        return  # the best of all hold what the floors protect: the same, and no tensor is read by itself
+    ranking.forget_(list(sizes))
     for name, floor in floors.items():
         if floor:
             ranking.keep_best_([name], floor)

@@ -64,7 +64,15 @@ def options(**changes):
 
 def callback(**changes):
     criterion = short(num_probe_batches=PROBES, num_reactivation_steps=3)
-    return pruner(**{"schedule": SCHEDULE, "sparsity": 0.6, "criterion": criterion, **changes})
+    return pruner(
+        **{
+            "schedule": SCHEDULE,
+            "sparsity": 0.6,
+            "criterion": criterion,
+            "store_components": False,
+            **changes,
+        }
+    )
 
 
 def outcome(module, ours):
@@ -186,6 +194,7 @@ def sharded_with(kwargs):
     [
         ({"criterion": GraSP()}, "GraSP needs whole parameters"),
         ({"schedule": Rewinding(2, 1)}, "Rewinding keeps a copy of whole parameters"),
+        ({"store_components": True}, "store_components=True would save one process's rows"),
     ],
 )
 def test_what_needs_whole_parameters_is_refused(kwargs, message):

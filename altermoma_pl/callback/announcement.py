@@ -55,7 +55,9 @@ def _tell(
     event = state.events[-1]
     who = "" if name is None else f"{name}: "
     beta = f", beta {event['beta']:g}" if "beta" in event else ""
-    _print(trainer, report.to_text(f"{who}Pruned before epoch {event['epoch']} in {seconds:.1f} s{beta}"))
+    skipped = f", {event['num_skipped']} batches were not finite" if "num_skipped" in event else ""
+    title = f"{who}Pruned before epoch {event['epoch']} in {seconds:.1f} s{beta}{skipped}"
+    _print(trainer, report.to_text(title))
 
 
 def _log(trainer: Trainer, state: PruningState, report: SparsityReport, seconds: float, prefix: str) -> None:
@@ -63,6 +65,8 @@ def _log(trainer: Trainer, state: PruningState, report: SparsityReport, seconds:
     metrics = {"sparsity": report.sparsity, "seconds": seconds}
     metrics |= {f"kept/{group}": share for group, share in event["kept"].items()}
     metrics |= {f"loss/{which}": loss for which, loss in event["losses"].items()}
+    if "num_skipped" in event:
+        metrics["num_skipped"] = event["num_skipped"]
     if "beta" in event:
         metrics["beta"] = event["beta"]
     for logger in trainer.loggers:
@@ -84,7 +88,8 @@ def _draw(
     loggers = [each for each in trainer.loggers if callable(getattr(_experiment(each), "add_figure", None))]
     if state.masks is None or not (folder or loggers) or not figures.available():
         return
-    drawn = figures.draw(report, state.events, components, state.masks)
+    # Each process has only some rows of what is sharded, and only this one draws.
+    drawn = figures.draw(report, state.events, None if state.masks.sharded else components, state.masks)
     if folder is not None:
         figures.save(drawn, folder)
     for logger in loggers:

@@ -61,7 +61,8 @@ class AlterMOMACallback(Stateful):
     `training_step`, with `self.log` silenced. Modules with manual optimization need `pruning_loss`.
 
     With `fast_dev_run` there is one event, at epoch 0 and to the final sparsity, whatever the
-    schedule. Runs on several devices are refused.
+    schedule. On several devices (DDP, or FSDP2 through `ModelParallelStrategy`) scores are means over the
+    batches of all processes, and masks are proved to be the same on all.
 
     Example:
         >>> callback = AlterMOMACallback(
@@ -88,6 +89,8 @@ class AlterMOMACallback(Stateful):
             about four times as large as the prunable weights.
         name: Tells several of these callbacks in one Trainer apart: in checkpoints, and in metrics and
             folders (`pruning/NAME`). They must prune different weights.
+        on_nonfinite: Whether a batch whose loss or gradient is not finite ends the run with an error,
+            "raise", or is left out of the scores and counted, "skip".
 
     Raises:
         TypeError: If patterns are not strings.
@@ -144,7 +147,7 @@ class AlterMOMACallback(Stateful):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find modalities and weights, take up loaded masks, and hold them from now on."""
-        check_sharding(pl_module, self.criterion, self.schedule)
+        check_sharding(pl_module, self.criterion, self.schedule, self.store_components)
         self._take_up(trainer, pl_module)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -53,7 +53,9 @@ def check_components(components: Components, masks: Masks | None, group_of: Mapp
     }.items():
         # Redundancy is of the parameters outside the modality that was deactivated.
         expected = {n: s for n, s in shapes.items() if what not in components.reri or group_of[n] != what}
-        found = {name: tensor.shape for name, tensor in tensors.items()}
+        # One value may stand for a whole tensor, of redundancy only.
+        whole = what in components.reri and all(tensor.shape == () for tensor in tensors.values())
+        found = {n: shapes.get(n, t.shape) if whole else t.shape for n, t in tensors.items()}
         if found != expected:
             raise ValueError(f"components and masks differ: {what!r} at {_difference(found, expected)}")
 
@@ -112,6 +114,7 @@ def _check_event(what: str, event: Any) -> None:
         raise ValueError(f"{what} lacks {missing}")
     check_epoch(f"epoch of {what}", event["epoch"])
     check_epoch(f"step of {what}", event["step"])
+    check_epoch(f"num_skipped of {what}", event.get("num_skipped", 0))
     _check_share(f"sparsity of {what}", event["sparsity"])
     for name, share in _items(f"kept shares of {what}", event["kept"]):
         _check_share(f"kept share of {name!r} in {what}", share)

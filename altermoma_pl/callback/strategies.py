@@ -29,7 +29,9 @@ def check_strategy(trainer: Trainer) -> None:
     )
 
 
-def check_sharding(module: LightningModule, criterion: Criterion, schedule: Schedule) -> None:
+def check_sharding(
+    module: LightningModule, criterion: Criterion, schedule: Schedule, store_components: bool
+) -> None:
     """Raise a `ValueError` if parameters are sharded and something cannot work with that."""
     if not is_sharded(module.parameters()):
         return
@@ -42,4 +44,9 @@ def check_sharding(module: LightningModule, criterion: Criterion, schedule: Sche
         raise ValueError(
             f"{type(schedule).__name__} keeps a copy of whole parameters, and those of this model are "
             f"sharded over processes: use another schedule, or strategy='ddp'"
+        )
+    if store_components:
+        raise ValueError(
+            "store_components=True would save one process's rows of DeCI and ReRI only, since the parameters "
+            "of this model are sharded over processes: leave it out, or use strategy='ddp'"
         )

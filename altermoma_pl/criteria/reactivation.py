@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from altermoma_pl.contexts import seed_generators
 from altermoma_pl.criteria.base import Calibration
 from altermoma_pl.criteria.finite import NonFiniteError
-from altermoma_pl.distributed import num_processes, sum_, together
+from altermoma_pl.distributed import local, num_processes, sum_, together
 from altermoma_pl.distributed import sums as sums_of_processes
 
 Gradients = dict[str, Tensor]
 Weights = Mapping[str, nn.Parameter]
+_CHUNK = 2**18
+
 Measure = Callable[[str, Any, Weights], tuple[float, Gradients]]
 """Label, batch and parameters -> the loss on the batch and what is measured of each parameter."""
 
@@ -51,7 +53,7 @@ def mean_gradients(
         ):
             losses.append(loss)
             for name, gradient in gradients.items():
-                sums[name] += gradient.abs() if absolute else gradient
+                _add_(sums[name], gradient, absolute)
     return _mean(losses), _means_(calibration, sums, len(losses))
 
 
@@ -166,6 +168,20 @@ def accumulators(of: Weights) -> Gradients:
 def at_least_float32(tensor: Tensor) -> Tensor:
     """The same, of a type in which sums and squares keep their precision."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _add_(total: Tensor, value: Tensor, absolute: bool) -> None:
+    """Add in place; absolute values chunk by chunk, since a large temporary costs more than the sum."""
+    if not absolute:
+        total += value
+        return
+    total, value = local(total), local(value)
+    if value.numel() <= _CHUNK:
+        total += value.abs()
+        return
+    rows = max(1, _CHUNK * len(value) // value.numel())
+    for part, more in zip(torch.split(total, rows), torch.split(value, rows), strict=True):
+        part += more.abs()
 
 
 @contextmanager

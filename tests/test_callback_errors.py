@@ -18,6 +18,7 @@ from tests.lightning_models import (
     assert_same,
     fit,
     loader,
+    num_zeros,
     pruner,
     short,
     trainer,

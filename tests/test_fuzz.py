@@ -76,6 +76,8 @@ CALLBACK = {
     "output_dir": NO_TEXT,
     "figures": NO_FLAG,
     "store_components": NO_FLAG,
+    "name": st.sampled_from([3, True, "", "a/b", "a b", [], {}]),
+    "on_nonfinite": NO_CHOICE,
 }
 ALTEREVA = {
     "alpha": NOT_POSITIVE | st.just(0.0),  # with the default combination
@@ -253,6 +255,8 @@ def valid(draw: Any) -> dict[str, Any]:
         "seed": draw(st.integers(0, 2**63 - 1)),
         "figures": draw(st.booleans()),
         "store_components": draw(st.booleans()),
+        "name": draw(st.sampled_from([None, "one", "a-b_2"])),
+        "on_nonfinite": draw(st.sampled_from(["raise", "skip"])),
     }
     assume(all(kept >= floor for kept, floor in expected(options).values()))
     return options
@@ -301,7 +305,7 @@ def test_a_valid_configuration_prunes_exactly(options):
     epochs = options["schedule"].last_epoch + 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        options_of_trainer = {"max_epochs": epochs, "limit_train_batches": 2, "barebones": True}
+        options_of_trainer = {"max_epochs": epochs, "limit_train_batches": 4, "barebones": True}
         trainer(callback, check_val_every_n_epoch=9, **options_of_trainer).fit(
             module, loader(), loader(seed=1)
         )

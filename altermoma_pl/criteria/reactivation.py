@@ -122,8 +122,7 @@ def reactivate(
         for name, parameter in calibration.model.named_parameters()
         if parameter.requires_grad and name not in inactive
     }
-    kind = torch.optim.Adam if optimizer == "adam" else torch.optim.SGD
-    stepper = kind(trained.values(), lr=learning_rate)
+    stepper = _stepper(list(trained.values()), optimizer, learning_rate)
     for gradients in training_gradients(
         calibration, trained, num_steps, f"{modality} deactivated, reactivation"
     ):
@@ -136,6 +135,15 @@ def reactivate(
             torch.nn.utils.clip_grad_norm_(trained.values(), gradient_clip)
         stepper.step()
         stepper.zero_grad(set_to_none=True)
+    stepper.state.clear()  # an optimizer is part of a cycle: its moments would stay until those are collected
+
+
+def _stepper(trained: list[nn.Parameter], optimizer: str, learning_rate: float) -> torch.optim.Optimizer:
+    if optimizer == "sgd":
+        return torch.optim.SGD(trained, lr=learning_rate)
+    # Fused where it exists: the other kinds of Adam need room for two more copies of a tensor, or of all.
+    fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in trained)
+    return torch.optim.Adam(trained, lr=learning_rate, fused=fused)
 
 
 def training_gradients(calibration: Calibration, of: Weights, count: int, phase: str) -> Iterator[Gradients]:

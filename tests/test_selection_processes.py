@@ -131,7 +131,7 @@ def work(process, num_processes, folder):
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.soak)])
 def found(request, tmp_path_factory):
     """What each process found."""
     folder = tmp_path_factory.mktemp("processes")

@@ -86,7 +86,7 @@ class AlterMOMACallback(Stateful):
             and nowhere without a logger.
         figures: Draw figures (needs matplotlib), to files and to TensorBoard where it is used.
         store_components: Keep DeCI and ReRI of the latest event, in memory and in checkpoints; they are
-            about four times as large as the prunable weights.
+            two to four times as large as the prunable weights.
         name: Tells several of these callbacks in one Trainer apart: in checkpoints, and in metrics and
             folders (`pruning/NAME`). They must prune different weights.
         on_nonfinite: Whether a batch whose loss or gradient is not finite ends the run with an error,

@@ -87,7 +87,7 @@ def bare_loop(criterion: AlterEva, calibration: Calibration) -> None:
             with torch.no_grad():
                 for batch in probes:
                     float(loss(module, batch))
-            backward(calibration, trainings, torch.optim.Adam(module.parameters(), lr=1e-9))
+            backward(calibration, trainings, torch.optim.Adam(module.parameters(), lr=1e-9, fused=True))
             backward(calibration, probes)
     with torch.no_grad():
         for parameter, weight in zip(module.parameters(), weights, strict=True):

@@ -81,7 +81,8 @@ def ours(module: Module, batch: Any, optimizer: str, clip: bool) -> Callable[[],
     parameters = dict(own.named_parameters())
     masks = {name: torch.rand_like(parameters[name]) >= SPARSITY for name in prunable(own)}
     enforcement = Enforcement(own, Masks(masks), [stepper])
-    return step(own, batch, stepper, clip, enforcement.hold_gradients_)
+    # As `reads_gradients` decides: without clipping nothing here takes gradients together.
+    return step(own, batch, stepper, clip, enforcement.hold_gradients_ if clip else None)
 
 
 def model_pruning(module: Module, batch: Any, optimizer: str, clip: bool) -> Callable[[], None]:

@@ -149,15 +149,19 @@ def _keep_best_(
     floors = {name: _floor(size, ranking.num_alive[name], min_density) for name, size in sizes.items()}
     protected = sum(floors.values())
     _check_floors(label, sparsity, count, total, min_density, protected)
-    ranking.keep_best_(list(sizes), count)
-    kept = ranking.count_kept(list(sizes))
-    if all(kept[name] >= floor for name, floor in floors.items()):
-        return  # the best of all hold what the floors protect: the same, and no tensor is read by itself
-    ranking.forget_(list(sizes))
-    for name, floor in floors.items():
-        if floor:
-            ranking.keep_best_([name], floor)
-    ranking.keep_best_(list(sizes), count - protected)
+    names = list(sizes)
+    while True:
+        ranking.keep_best_(names, count)
+        kept = ranking.count_kept(names)
+        short = [name for name in names if kept[name] < floors[name]]
+        if not short:
+            return
+        # These get their floors and no more: what they take from the others makes those choosier still.
+        ranking.forget_(names)
+        for name in short:
+            ranking.keep_best_([name], floors[name])
+        count -= sum(floors[name] for name in short)
+        names = [name for name in names if name not in short]
 
 
 def _keep_best_in_rows_(

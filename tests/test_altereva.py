@@ -504,3 +504,32 @@ def test_a_group_that_the_loss_ignores_is_an_error():
 def test_impossible_settings_are_named(changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         AlterEva(**changes)
+
+
+def test_moments_are_let_go_at_once(monkeypatch):
+    made = []
+
+    class Watched(torch.optim.Adam):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    monkeypatch.setattr(torch.optim, "Adam", Watched)
+    SMALL.components(calibration())
+    assert [len(optimizer.state) for optimizer in made] == [0, 0]
+
+
+def test_redundancy_of_tensors_is_not_that_of_weights():
+    components = SMALL.components(calibration())
+    assert {r.shape for own in components.reri.values() for r in own.values()} == {()}
+    with pytest.raises(
+        ValueError, match="hold the redundancy of whole tensors, and redundancy_level='weight'"
+    ):
+        dataclasses.replace(SMALL, redundancy_level="weight").combine(components)
+
+
+def test_measured_by_weight_and_taken_by_tensor_is_measured_by_tensor():
+    by_weight = dataclasses.replace(SMALL, redundancy_level="weight").components(calibration())
+    expected = SMALL.combine(SMALL.components(calibration()))
+    for name, scores in SMALL.combine(by_weight).items():
+        close(scores, expected[name].detach(), rtol=1e-6)

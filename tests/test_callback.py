@@ -20,6 +20,7 @@ from tests.lightning_models import (
     Fusion,
     Manual,
     assert_same,
+    dataset,
     fit,
     loader,
     nonzero_pruned,
@@ -564,3 +565,17 @@ def test_ema_like_averaging_beside_it_sees_zeros():
 
     fit(Fusion(), pruner(schedule=OneShot(0)), Copies(), max_epochs=1)
     assert seen == [60] * 4
+
+
+def test_probe_batches_that_are_not_finite_are_left_out_and_counted(capsys):
+    data = dataset(32, seed=1)
+    data.tensors[0][9] = float("nan")  # of the second batch of 8
+    val = DataLoader(data, 8)
+    with pytest.raises(ValueError, match=r"the loss of probe batch 1 is nan.*on_nonfinite='skip'"):
+        fit(Fusion(), pruner(schedule=OneShot(0)), val=val)
+    callback = pruner(schedule=OneShot(0), on_nonfinite="skip")
+    module = Fusion()
+    fit(module, callback, val=val, limit_val_batches=2)
+    assert callback.events[0]["num_skipped"] == 5  # with all, and without each before and after reactivation
+    assert "5 batches were not finite" in " ".join(capsys.readouterr().out.split())
+    assert num_zeros(module) == 60

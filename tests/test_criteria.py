@@ -435,3 +435,37 @@ def test_a_calibration_takes_modalities_or_a_mapping():
     assert calibration().groups == calibration(modalities=BRANCHES).groups
     made = Calibration(two_tower(), squared_error, [], [], {"camera": "camera", "lidar": "lidar"})
     assert made.groups == calibration().groups
+
+
+def broken(index, batches):
+    image, *rest = batches[index]
+    return [*batches[:index], (image * float("inf"), *rest), *batches[index + 1 :]]
+
+
+@pytest.mark.filterwarnings("ignore:.*batches were asked for")
+@pytest.mark.parametrize(
+    "name", ["default", "difference", "batch_difference", "SNIP", "Taylor", "GraSP", "ProsPr"]
+)
+def test_batches_that_are_not_finite_are_left_out(name):
+    criterion = dict(MADE)[name]
+    probes = random_batches(3, seed=1)
+    made = calibration(probe_batches=broken(1, probes), on_nonfinite="skip")
+    expected = criterion.score(calibration(probe_batches=[probes[0], probes[2]]))
+    for weight, scores in criterion.score(made).items():
+        torch.testing.assert_close(scores, expected[weight])
+    assert made.num_skipped > 0
+
+
+@pytest.mark.filterwarnings("ignore:.*batches were asked for")
+def test_if_no_batch_is_left_that_is_an_error():
+    probes = [broken(0, [batch])[0] for batch in random_batches(2)]
+    made = calibration(probe_batches=probes, on_nonfinite="skip")
+    before = snapshot(made.model)
+    with pytest.raises(ValueError, match="no probe batch is left: the loss or the gradient of each was not"):
+        SETTINGS["default"].score(made)
+    assert snapshot(made.model) == before
+
+
+def test_what_to_do_with_batches_that_are_not_finite_is_checked():
+    with pytest.raises(ValueError, match=r"on_nonfinite must be one of \['raise', 'skip'\], got 'ignore'"):
+        calibration(on_nonfinite="ignore")

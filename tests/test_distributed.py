@@ -328,6 +328,17 @@ def test_a_broken_batch_of_one_process_is_an_error_in_all():
     assert second.startswith("the loss of probe batch 1 is nan")
 
 
+def test_a_broken_training_batch_of_one_process_is_an_error_in_all():
+    first, second = in_processes(skipping_not, with_nan(TRAININGS, 2))
+    assert isinstance(first, NonFiniteError)
+    assert str(first).startswith("the loss of training batch 1 is nan")
+    assert str(second) == "training batch 1 of another process is not finite: see its message"
+
+
+def skipping_not(trainings):
+    SMALL.score(made(own(PROBES), own(trainings)))
+
+
 # Sharded parameters: a batch is one of each process, so one process takes them joined.
 
 

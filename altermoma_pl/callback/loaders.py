@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader, DistributedSampler
@@ -143,11 +142,11 @@ def _calibration_hook(trainer: Trainer, module: LightningModule) -> Any:
 
 def _load_validation(trainer: Trainer) -> Any:
     """Load the validation loaders as the Trainer would before its first validation."""
+    if not trainer.enable_validation:  # asked to load all the same, Lightning leaves DataLoader patched
+        return None
     trainer.validating = True
     try:
         trainer.fit_loop.epoch_loop.val_loop.setup_data()
-    except MisconfigurationException:
-        return None  # there is no `val_dataloader`
     finally:
         trainer.training = True
     return trainer.val_dataloaders

@@ -31,6 +31,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelPruning
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import prune
 from torch.utils.data import DataLoader
 
@@ -220,7 +221,8 @@ def tensor_bytes() -> float:
     """Bytes of all tensors that are alive, memory that several share counted once."""
     storages = {}
     for each in gc.get_objects():
-        if issubclass(type(each), Tensor):
+        # Some have no memory: those of lazy layers, and of meta devices.
+        if issubclass(type(each), Tensor) and not is_lazy(each):
             storage = each.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return float(sum(storages.values()))

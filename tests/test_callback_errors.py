@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from torch import nn
+from torch.utils.data import DataLoader
 
 from altermoma_pl import AlterEva, AlterMOMACallback, Cubic, Linear, OneShot
 from tests.lightning_models import (

@@ -52,7 +52,8 @@ def mean_gradients(
             batches, lambda label, batch: (measure or calibration.gradients)(label, batch, of)
         ):
             losses.append(loss)
-            for name, gradient in gradients.items():
+            while gradients:  # let go of them: the next come before the names are bound anew
+                name, gradient = gradients.popitem()
                 _add_(sums[name], gradient, absolute)
     return _mean(losses), _means_(calibration, sums, len(losses))
 

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, so
 
 from altermoma_pl import AlterEva, Calibration, Masks
 from altermoma_pl.contexts import noise_free
+from altermoma_pl.criteria.computed import Computed
 from altermoma_pl.sparsity import top_k
 from examples.benchmarks.measuring import Row, in_turns, options, ratios, show
 from examples.benchmarks.workloads import Fusion, Towers, fusion
@@ -70,7 +71,8 @@ def calibration_of(module: Fusion | Towers, batches: Sequence[Any]) -> Calibrati
 
 def event(criterion: AlterEva, calibration: Calibration) -> Masks:
     """What an event of `AlterMOMACallback` does."""
-    magnitudes = {name: weight.detach().abs() for name, weight in calibration.weights.items()}
+    weights = calibration.weights
+    magnitudes = Computed(weights, lambda name: weights[name].detach().abs())
     scores = criterion.combine(criterion.components(calibration))
     return top_k(scores, SPARSITY, min_density=MIN_DENSITY, tie_breaker=magnitudes)
 

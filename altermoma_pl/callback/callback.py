@@ -8,18 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from altermoma_pl.callback.announcement import announce
 from altermoma_pl.callback.checks import (
-    Sparsity,
     check_long_enough,
     check_not_late,
     check_options,
     check_parts,
     check_same_groups,
+    check_storable,
     check_zeros,
     warn_if_short,
 )
@@ -35,14 +34,16 @@ from altermoma_pl.callback.several import callbacks_of, check_disjoint, check_na
 from altermoma_pl.callback.state import PruningState
 from altermoma_pl.callback.stateful import Stateful
 from altermoma_pl.callback.strategies import check_sharding, check_strategy
+from altermoma_pl.callback.tracing import calibration_for, trace_channels
 from altermoma_pl.criteria import AlterEva, Calibration, Criterion, Scores
 from altermoma_pl.criteria.base import no_progress
 from altermoma_pl.criteria.computed import Computed
 from altermoma_pl.criteria.finite import OnNonFinite
+from altermoma_pl.granularity import Granularity, Ranking, Sparsity, Traced, parse_granularity
 from altermoma_pl.masks import Masks
 from altermoma_pl.modality import Modalities
 from altermoma_pl.schedules import Cubic, Schedule
-from altermoma_pl.sparsity import Scope, top_k
+from altermoma_pl.sparsity import Scope
 
 _NEVER = -1  # an epoch before any event of any schedule
 
@@ -89,6 +90,8 @@ class AlterMOMACallback(Stateful):
             two to four times as large as the prunable weights.
         name: Tells several of these callbacks in one Trainer apart: in checkpoints, and in metrics and
             folders (`pruning/NAME`). They must prune different weights.
+        granularity: What is pruned as one piece: a "weight", or a "channel" in all layers that are coupled
+            (or a `Channel` with options); then the sparsity is a share of the channels that can be removed.
         on_nonfinite: Whether a batch whose loss or gradient is not finite ends the run with an error,
             "raise", or is left out of the scores and counted, "skip".
 
@@ -113,6 +116,7 @@ class AlterMOMACallback(Stateful):
         store_components: bool = False,
         name: str | None = None,
         on_nonfinite: OnNonFinite = "raise",
+        granularity: str | Granularity = "weight",
     ) -> None:
         check_name(name)
         super().__init__(name)
@@ -129,10 +133,14 @@ class AlterMOMACallback(Stateful):
         self.figures = figures
         self.store_components = store_components
         self.on_nonfinite = on_nonfinite
+        self.granularity = granularity
+        self._grain = parse_granularity(granularity)
         check_options(self.modalities, sparsity, scope, min_density, loader, on_nonfinite)
         others = {"figures": (figures, bool), "store_components": (store_components, bool)}
         folder = None if isinstance(output_dir, Path) else output_dir
         check_parts(criterion, schedule, prunable, seed, output_dir=(folder, str | None), **others)
+        self._grain.check(criterion, sparsity, scope)
+        check_storable(self._grain, store_components)
 
     # When: Lightning's hooks, in the order in which they come.
 
@@ -140,6 +148,7 @@ class AlterMOMACallback(Stateful):
         """Refuse what cannot work, before anything is loaded."""
         if stage != "fit":
             return
+        self._traced = None
         check_strategy(trainer)
         if not _is_trial(trainer):
             check_long_enough(self.schedule, trainer.max_epochs)
@@ -156,18 +165,22 @@ class AlterMOMACallback(Stateful):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what no event could mend; start the schedule anew in a fit that starts anew."""
+        if self.criterion.uses_batches or self._grain.by_channel:
+            check_batches(trainer, pl_module, self.loader)
+        if self._grain.by_channel:
+            self._traced = trace_channels(
+                self._grain, trainer, pl_module, self.loader, self.seed, self.prunable
+            )
         self._take_up(trainer, pl_module)
         anew = trainer.global_step == 0
         point = None if anew else self._state.rewind_point
-        report, final_count = self.report(), self._final_count(self._state)
         if not _is_trial(trainer):
-            check_not_late(self.schedule, trainer.current_epoch, report, final_count)
-            if report.total.num_kept > final_count:
+            shortfall = self._shortfall(self._state)
+            check_not_late(self.schedule, trainer.current_epoch, shortfall)
+            if shortfall:
                 check_rewindable(self.schedule, point, trainer.current_epoch)
         if point is not None and self.schedule.rewinds_to is not None:
             point.check_fits(trainer, pl_module)
-        if self.criterion.uses_batches:
-            check_batches(trainer, pl_module, self.loader)
         self._masks_gradients = reads_gradients(trainer, pl_module)
         self._state.rewind_point = point
         if anew:
@@ -204,25 +217,35 @@ class AlterMOMACallback(Stateful):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hold what training left in the module, averages too; say so if it ended before the last event."""
+        if self._state.masks is None:
+            return  # no training, so that no channels were looked for
         self._hold(trainer, pl_module)
-        report, final_count = self.report(), self._final_count(self._state)
+        shortfall = self._shortfall(self._state)
         if trainer.is_global_zero:
-            warn_if_short(self.schedule, report, final_count)
+            warn_if_short(self.schedule, self.report().sparsity, shortfall)
 
     # What happens in an event, and before the first.
 
     def _take_up(self, trainer: Trainer, module: LightningModule) -> None:
-        if self._enforcement is not None and self._enforcement.masks is self._state.masks:
+        held = self._enforcement is not None and self._enforcement.masks is self._state.masks
+        if self._grain.by_channel and self._traced is None:
+            # Before the model is traced: what a checkpoint has pruned is held as it is.
+            if self._state.masks is not None and not held:
+                self._state.masks = self._state.masks.to(module)
+                check_zeros(self._state.masks, module)
+                self._enforcement = Enforcement(module, self._state.masks, trainer.optimizers)
+            return
+        if held and not self._grain.by_channel:
             return
         calibration = self._calibration(trainer, module)
-        masks = (self._state.masks or Masks.dense(calibration.weights)).to(module)
+        masks = (self._state.masks or Masks.dense(calibration.masked)).to(module)
         if self._state.masks is not None:
-            check_same_groups(self._state.group_of, calibration.group_of)
-            check_zeros(masks, calibration)
+            check_same_groups(self._state.group_of, calibration.owner_of)
+            check_zeros(masks, module)
         for other in self._others(trainer):
             check_disjoint(masks, other.masks or (), self.name, other.name)
-        state = replace(self._state, masks=masks, group_of=calibration.group_of)
-        self._final_count(state)  # raises if floors or earlier masks leave no room for the last event
+        state = replace(self._state, masks=masks, group_of=calibration.owner_of)
+        self._shortfall(state)  # raises if floors or earlier masks leave no room for the last event
         self._release()
         self._state = state
         self._enforcement = Enforcement(module, masks, trainer.optimizers)
@@ -241,6 +264,8 @@ class AlterMOMACallback(Stateful):
             self._state.rewind_point.restore_(trainer, module)
         state = replace(self._state, events=list(self._state.events))
         state.record(decision, epoch, trainer.global_step, self.store_components)
+        if self._traced is not None:
+            state.record_channels(self._traced.channels, self._traced.flops)
         self._state = state  # one assignment: whatever interrupts finds masks and their record
         for callback in (self, *self._others(trainer)):  # rewinding brought back what others had pruned
             callback._hold(trainer, module)
@@ -248,24 +273,19 @@ class AlterMOMACallback(Stateful):
         self._scoring_seconds += seconds
         announce(trainer, state, decision.components, seconds, self.name, self.output_dir, self.figures)
 
-    def _top_k(
-        self,
-        state: PruningState,
-        scores: Mapping[str, Tensor],
-        sparsity: Sparsity,
-        magnitudes: Mapping[str, Tensor] | None = None,
-    ) -> Masks:
-        earlier, groups = state.masks, state.group_of
-        return top_k(scores, sparsity, self.scope, earlier, self.min_density, groups, magnitudes)
+    def _ranking(self, state: PruningState, magnitudes: Mapping[str, Tensor] | None = None) -> Ranking:
+        if state.masks is None:
+            raise ValueError("there are no masks to rank within: nothing was found to prune yet")
+        masks, groups = state.masks, state.group_of
+        return Ranking(masks, groups, self.scope, self.min_density, magnitudes, self._traced)
 
-    def _final_count(self, state: PruningState) -> int:
-        """How many weights the last event keeps; it does not depend on their scores."""
-        masks: Mapping[str, Tensor] = state.masks or {}
-        equal = Computed(masks, lambda name: torch.zeros_like(masks[name], dtype=torch.float32))
-        return self._top_k(state, equal, self.sparsity).num_kept
+    def _shortfall(self, state: PruningState) -> str:
+        """What is missing to the last target, in words."""
+        return self._grain.shortfall(self.sparsity, self._ranking(state))
 
     def _target(self, epoch: int) -> Sparsity:
-        return target_at(self.schedule, self.sparsity, epoch, self.report())
+        pruned = self._grain.pruned(self._ranking(self._state), isinstance(self.sparsity, dict))
+        return target_at(self.schedule, self.sparsity, epoch, pruned)
 
     def _decide(self, trainer: Trainer, module: LightningModule, target: Sparsity) -> Decision:
         """What stays, with the generators of torch, numpy, `random` and the loaders as they were."""
@@ -274,18 +294,19 @@ class AlterMOMACallback(Stateful):
             calibration = self._calibration(trainer, module, *batches)
             weights = calibration.weights
             magnitudes = Computed(weights, lambda name: weights[name].detach().abs())
+            ranking = self._ranking(self._state, magnitudes)
 
             def make_masks(scores: Scores) -> Masks:
-                return self._top_k(self._state, scores, target, magnitudes)
+                return self._grain.masks(scores, target, ranking)
 
             return decide(self.criterion, calibration, make_masks)
 
     def _calibration(self, trainer: Trainer, module: LightningModule, *batches: Any) -> Calibration:
         probes, trainings, progress = batches or ((), (), no_progress)
         loss, masks, seed = loss_function(trainer, module), self._state.masks, self.seed
-        return Calibration(
-            module, loss, probes, trainings, self.modalities, self.prunable, masks, seed, progress,
-            self.on_nonfinite,
+        return calibration_for(
+            self._traced, module, loss, probes, trainings, self.modalities, self.prunable, masks, seed,
+            progress, self.on_nonfinite,
         )  # fmt: skip
 
     def _others(self, trainer: Trainer) -> list[AlterMOMACallback]:

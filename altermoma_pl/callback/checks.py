@@ -6,19 +6,19 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from torch import nn
+
 from altermoma_pl.callback.loaders import Batches, ProbeLoader
-from altermoma_pl.criteria import Calibration, Criterion
+from altermoma_pl.criteria import Criterion
 from altermoma_pl.criteria.base import known_length
 from altermoma_pl.criteria.finite import OnNonFinite
 from altermoma_pl.distributed import local, sums
+from altermoma_pl.granularity import Granularity, Sparsity
 from altermoma_pl.masks import Masks
 from altermoma_pl.modality import SHARED
 from altermoma_pl.options import check_type
-from altermoma_pl.report import SparsityReport
 from altermoma_pl.schedules import Schedule
 from altermoma_pl.sparsity import Scope, check_density, check_sparsity
-
-Sparsity = float | dict[str, float]
 
 
 def check_options(
@@ -93,16 +93,24 @@ def check_same_groups(earlier: Mapping[str, str], group_of: Mapping[str, str]) -
             )
 
 
-def check_zeros(masks: Masks, calibration: Calibration) -> None:
+def check_zeros(masks: Masks, model: nn.Module) -> None:
     """Raise a `ValueError` if weights are not zero where masks prune them."""
-    kept = [local(weight)[~local(masks[name])] for name, weight in calibration.weights.items()]
-    counts = sums([int(rows.count_nonzero()) for rows in kept])  # the same in all processes
-    for name, count in zip(calibration.weights, counts, strict=True):
+    masks.check_fits(model)
+    parameters = dict(model.named_parameters())
+    gone = [local(parameters[name].detach())[~local(mask)] for name, mask in masks.items()]
+    counts = sums([int(rows.count_nonzero()) for rows in gone])  # the same in all processes
+    for name, count in zip(masks, counts, strict=True):
         if count:
             raise ValueError(
                 f"{name!r} is not zero where the masks that this callback holds prune it: they are of "
                 f"another run; give a new model a new callback, or resume from a checkpoint that has both"
             )
+
+
+def check_storable(granularity: Granularity, store_components: bool) -> None:
+    """Raise a `ValueError` if components are to be stored that are not those of weights."""
+    if granularity.by_channel and store_components:
+        raise ValueError("store_components is for single weights: components of channels are not stored")
 
 
 def check_not_empty(batches: Batches, kind: str) -> None:
@@ -123,21 +131,20 @@ def check_long_enough(schedule: Schedule, max_epochs: int | None) -> None:
         )
 
 
-def check_not_late(schedule: Schedule, epoch: int, report: SparsityReport, final_count: int) -> None:
+def check_not_late(schedule: Schedule, epoch: int, shortfall: str) -> None:
     """Raise a `ValueError` if a run that starts at `epoch` has missed an event that it needs."""
-    if epoch > schedule.last_epoch and report.total.num_kept > final_count:
+    if epoch > schedule.last_epoch and shortfall:
         raise ValueError(
             f"the last event of {schedule} is at epoch {schedule.last_epoch}, but this run goes on at epoch "
-            f"{epoch} with {report.total.num_kept} weights, and the target keeps {final_count}: let the "
-            f"schedule end later"
+            f"{epoch}, where {shortfall}: let the schedule end later"
         )
 
 
-def warn_if_short(schedule: Schedule, report: SparsityReport, final_count: int) -> None:
+def warn_if_short(schedule: Schedule, sparsity: float, shortfall: str) -> None:
     """Warn if training ended before the last event, for example by `max_steps` or `max_time`."""
-    if report.total.num_kept > final_count:
+    if shortfall:
         warnings.warn(
-            f"training ended at a sparsity of {report.sparsity:.4g} with {report.total.num_kept} weights, "
-            f"the target keeps {final_count}: the last event of {schedule} is at epoch {schedule.last_epoch}",
+            f"training ended at a sparsity of {sparsity:.4g}; {shortfall}: the last event of {schedule} is "
+            f"at epoch {schedule.last_epoch}",
             stacklevel=3,
         )

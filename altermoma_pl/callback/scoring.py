@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from altermoma_pl.callback.checks import Sparsity, check_not_empty
+from altermoma_pl.callback.checks import check_not_empty
 from altermoma_pl.callback.loaders import ProbeLoader, probe_batches, training_batches
 from altermoma_pl.callback.progress import scoring_bar
 from altermoma_pl.contexts import generators_restored, seed_generators
@@ -24,8 +24,8 @@ from altermoma_pl.criteria import (
 )
 from altermoma_pl.criteria.base import Progress
 from altermoma_pl.distributed import check_same, is_sharded, num_processes, sum_, sums
+from altermoma_pl.granularity import Sparsity
 from altermoma_pl.masks import Masks
-from altermoma_pl.report import SparsityReport
 from altermoma_pl.schedules import Schedule
 
 
@@ -65,9 +65,9 @@ def _decide(criterion: Criterion, calibration: Calibration, make_masks: MakeMask
         return Decision(make_masks(_mean_over_processes(criterion.score(calibration))))
     components = criterion.components(calibration)
     if criterion.beta != "auto":
-        return Decision(make_masks(criterion.combine(components, calibration.masks)), components)
+        return Decision(make_masks(criterion.combine(components, calibration.alive)), components)
     chosen, losses = choose_beta(criterion, components, calibration, make_masks)
-    masks = make_masks(chosen.combine(components, calibration.masks))
+    masks = make_masks(chosen.combine(components, calibration.alive))
     return Decision(masks, components, float(chosen.beta), losses)
 
 
@@ -106,11 +106,12 @@ def check_batches(trainer: Trainer, module: LightningModule, which: ProbeLoader)
         check_not_empty(training_batches(trainer), "training")
 
 
-def target_at(schedule: Schedule, sparsity: Sparsity, epoch: int, report: SparsityReport) -> Sparsity:
+def target_at(schedule: Schedule, sparsity: Sparsity, epoch: int, pruned: Sparsity) -> Sparsity:
     """The schedule's sparsity at `epoch`, and at least what is pruned already."""
-    if not isinstance(sparsity, dict):
-        return max(schedule.sparsity_at(epoch, sparsity), report.sparsity)
-    return {
-        group: max(schedule.sparsity_at(epoch, share), 1 - report.groups[group].kept)
-        for group, share in sparsity.items()
-    }
+    if isinstance(sparsity, dict) and isinstance(pruned, dict):
+        return {
+            group: max(schedule.sparsity_at(epoch, share), pruned[group]) for group, share in sparsity.items()
+        }
+    if isinstance(sparsity, dict) or isinstance(pruned, dict):
+        raise TypeError(f"{sparsity} and {pruned} must both be one share or one of each group")
+    return max(schedule.sparsity_at(epoch, sparsity), pruned)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from altermoma_pl.callback.scoring import Decision
 from altermoma_pl.criteria import Components
 from altermoma_pl.masks import Masks
 from altermoma_pl.report import SparsityReport
+from altermoma_pl.structured import Channels
 
 FORMAT = 2
 
@@ -115,6 +116,17 @@ class PruningState:
         if decision.num_skipped:
             event["num_skipped"] = decision.num_skipped
         self.events.append(event)
+
+    def record_channels(self, channels: Channels, flops: Callable[[Mapping[str, int]], float]) -> None:
+        """Add to the latest event how wide each group of channels was made, and the FLOPs that are left."""
+        kept = channels.kept(self.masks or {})
+        widths = {name: int(flags.sum()) for name, flags in kept.items()}
+        full = {name: group.num_channels for name, group in channels.items()}
+        self.events[-1] |= {
+            "widths": {name: [widths[name], full[name]] for name in full},
+            "channels": 1 - sum(widths.values()) / sum(full.values()),
+            "flops": 1 - flops(widths) / flops(full),
+        }
 
     def report(self) -> SparsityReport:
         """What is pruned where.

@@ -10,6 +10,7 @@ from altermoma_pl.callback.copies import hold_everywhere_
 from altermoma_pl.callback.enforcement import Enforcement
 from altermoma_pl.callback.state import PruningState
 from altermoma_pl.criteria import Components
+from altermoma_pl.granularity import Traced
 from altermoma_pl.masks import Masks
 from altermoma_pl.report import SparsityReport
 
@@ -25,12 +26,13 @@ class Stateful(Callback):
         self.name = name
         self._state = PruningState()
         self._enforcement: Enforcement | None = None
+        self._traced: Traced | None = None
         self._masks_gradients = False
         self._scoring_seconds = 0.0
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles take no optimizers and hooks of a running fit along."""
-        return {**vars(self), "_enforcement": None}
+        return {**vars(self), "_enforcement": None, "_traced": None}
 
     @property
     def masks(self) -> Masks | None:

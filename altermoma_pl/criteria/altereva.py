@@ -104,6 +104,7 @@ class AlterEva(Criterion):
     second_probe: Literal["same", "fresh"] = "same"
 
     shardable = True
+    for_channels = True
 
     def __post_init__(self) -> None:
         if isinstance(self.beta, str) and self.beta != "auto":
@@ -148,7 +149,7 @@ class AlterEva(Criterion):
     def score(self, calibration: Calibration) -> Scores:
         """S_i of every prunable weight; minus infinity where it is pruned already."""
         self._fixed_beta()  # before the long work
-        return self.combine(self.components(calibration), calibration.masks)
+        return self.combine(self.components(calibration), calibration.alive)
 
     def components(self, calibration: Calibration) -> Components:
         """Measure DeCI and each ReRI; the model is left as it was, also after an exception.
@@ -221,7 +222,7 @@ class AlterEva(Criterion):
         reri = _times_weight_(change, calibration)
         if self.redundancy_level == "weight":
             return reri
-        return tensor_means(reri, live_counts(reri, calibration.masks))
+        return tensor_means(reri, live_counts(reri, calibration.alive))
 
     def _fixed_beta(self) -> float:
         if self.beta == "auto":

@@ -93,17 +93,17 @@ class Calibration:
         self._leaves = list(self.model.parameters())
         if not isinstance(self.modalities, Modalities):
             self.modalities = Modalities(self.modalities)
-        check_prunable(self.groups, self.weights)
+        check_prunable(self.groups, self.masked)
         if self.sharded:
-            whole = [name for name, weight in self.weights.items() if not is_sharded([weight])]
+            whole = [name for name, weight in self.masked.items() if not is_sharded([weight])]
             if whole:
                 raise ValueError(
                     f"{whole} are not sharded while others are: apply fully_shard to their module"
                 )
         if self.masks is not None:
             self.masks.check_fits(self.model)
-            if self.masks.keys() != self.weights.keys():
-                difference = sorted(self.masks.keys() ^ self.weights.keys())
+            if self.masks.keys() != self.masked.keys():
+                difference = sorted(self.masks.keys() ^ self.masked.keys())
                 raise ValueError(
                     f"masks and prunable weights differ in {difference}: continue with the model, "
                     f"modalities and prunable patterns that the masks were made for"
@@ -120,11 +120,26 @@ class Calibration:
         parameters = dict(self.model.named_parameters())
         return {name: parameters[name] for name in prunable(self.model, self.prunable)}
 
+    @property
+    def masked(self) -> Mapping[str, nn.Parameter]:
+        """The parameters that masks cover: here those that are scored."""
+        return self.weights
+
+    @property
+    def alive(self) -> Masks | None:
+        """What is left of all that is scored, by the names of `weights`; None before anything is pruned."""
+        return self.masks
+
     @cached_property
     def group_of(self) -> dict[str, str]:
-        """Prunable parameter name -> its modality or "shared"."""
+        """Name in `weights` -> its modality or "shared"."""
+        return self.owner_of
+
+    @cached_property
+    def owner_of(self) -> dict[str, str]:
+        """Masked parameter name -> its modality or "shared"."""
         groups = group_of(self.groups)
-        return {name: groups[name] for name in self.weights}
+        return {name: groups[name] for name in self.masked}
 
     @cached_property
     def sharded(self) -> bool:
@@ -282,6 +297,9 @@ class Criterion(ABC):
 
     shardable = False
     """Whether parameters may be sharded over processes, as `DTensor`; scores are sharded alike then."""
+
+    for_channels = False
+    """Whether it can score whole channels: it looks at nothing but `calibration.weights` and gradients."""
 
     @abstractmethod
     def score(self, calibration: Calibration) -> Scores:

@@ -49,7 +49,7 @@ def choose_beta(
     with noise_free(model) if criterion.noise == "suppressed" else nullcontext(), restored(model) as reset:
         for beta in CANDIDATES[criterion.combination]:
             candidate = dataclasses.replace(criterion, beta=beta)
-            make_masks(candidate.combine(components, calibration.masks)).apply_(model)
+            make_masks(candidate.combine(components, calibration.alive)).apply_(model)
             losses[beta] = _loss(calibration, criterion.num_probe_batches, f"beta {beta:g}")
             reset()
     if not any(map(math.isfinite, losses.values())):

@@ -29,6 +29,7 @@ class SNIP(Criterion):
     num_probe_batches: int = 64
 
     shardable = True
+    for_channels = True
 
     def __post_init__(self) -> None:
         check_options(self, num_probe_batches=1)
@@ -58,6 +59,7 @@ class Taylor(Criterion):
     num_probe_batches: int = 64
 
     shardable = True
+    for_channels = True
 
     def __post_init__(self) -> None:
         check_options(self, num_probe_batches=1)

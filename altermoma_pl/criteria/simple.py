@@ -16,6 +16,7 @@ class Magnitude(Criterion):
 
     uses_batches = False
     shardable = True
+    for_channels = True
 
     def score(self, calibration: Calibration) -> Scores:
         """|theta| of every prunable weight."""
@@ -28,6 +29,7 @@ class Random(Criterion):
 
     uses_batches = False
     shardable = True
+    for_channels = True
 
     def score(self, calibration: Calibration) -> Scores:
         """The same draws for the same seed, on any device."""

@@ -24,27 +24,12 @@ class FlopModel:
     """
 
     def __init__(self, model: nn.Module, forward: Forward, channels: Channels) -> None:
-        counter = FlopCounterMode(display=False)
-        with torch.no_grad(), counter:
-            forward(model)
-        counts = {path: sum(by_operator.values()) for path, by_operator in counter.get_flop_counts().items()}
-        self.total = float(counter.get_total_flops())
-        root = type(model).__name__
-        weights: dict[int, float] = {}
-        for path, module in model.named_modules():
-            flops = counts.get(f"{root}.{path}", 0)
-            if (
-                flops
-                and not list(module.children())
-                and isinstance(getattr(module, "weight", None), nn.Parameter)
-            ):
-                weights[id(module.weight)] = weights.get(id(module.weight), 0.0) + flops
-        self._flops, self._sizes = {}, {}
-        for name, parameter in model.named_parameters():
-            if id(parameter) in weights:
-                self._flops[name], self._sizes[name] = weights[id(parameter)], parameter.shape
+        self.total, by_weight = _count(model, forward)
+        named = {name: p for name, p in model.named_parameters() if id(p) in by_weight}
+        self._flops = {name: by_weight[id(p)] for name, p in named.items()}
+        self._sizes = {name: p.shape for name, p in named.items()}
         self._slices = [
-            (group, each) for group in channels.groups for each in group.slices if each.name in self._flops
+            (group, each) for group in channels.groups for each in group.slices if each.name in named
         ]
 
     def __call__(self, widths: Mapping[str, int]) -> float:
@@ -60,3 +45,27 @@ class FlopModel:
                 share *= (size - gone.get((name, dim), 0)) / size
             saved += flops * (1 - share)
         return self.total - saved
+
+
+@torch.no_grad()
+def _count(model: nn.Module, forward: Forward) -> tuple[float, dict[int, float]]:
+    """FLOPs in all, and by the identity of the weight of each layer."""
+    counter, by_weight, before = FlopCounterMode(display=False), dict[int, float](), dict[nn.Module, int]()
+
+    def enter(module: nn.Module, _: object) -> None:
+        before[module] = counter.get_total_flops()
+
+    def leave(module: nn.Module, _: object, __: object) -> None:
+        key = id(module.weight)
+        by_weight[key] = by_weight.get(key, 0.0) + counter.get_total_flops() - before[module]
+
+    layers = [m for m in model.modules() if isinstance(getattr(m, "weight", None), nn.Parameter)]
+    hooks = [layer.register_forward_pre_hook(enter) for layer in layers]
+    hooks += [layer.register_forward_hook(leave) for layer in layers]
+    try:
+        with counter:
+            forward(model)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return float(counter.get_total_flops()), by_weight

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from altermoma_pl.masks import Masks
+from altermoma_pl.modality import SHARED
 
 Kept = dict[str, Tensor]
 """Group name -> which of its channels stay, booleans of shape (num_channels,)."""
@@ -113,6 +114,17 @@ class Channels(Mapping[str, ChannelGroup]):
             masks: Parameter name -> booleans, or the parameters themselves, of which zeros count as pruned.
         """
         return {group.name: _alive(group, masks) for group in self.groups}
+
+
+def owners(channels: Channels, group_of: Mapping[str, str]) -> dict[str, str]:
+    """Group name -> the modality whose layers put its channels out; "shared" if there are several.
+
+    Args:
+        channels: The groups.
+        group_of: Parameter name -> its modality or "shared".
+    """
+    of = {name: {group_of[producer] for producer in group.producers} for name, group in channels.items()}
+    return {name: own.pop() if len(own) == 1 else SHARED for name, own in of.items()}
 
 
 def _alive(group: ChannelGroup, masks: Mapping[str, Tensor]) -> Tensor:

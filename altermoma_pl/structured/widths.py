@@ -74,8 +74,8 @@ def keep_widths(
     if count > len(removals):
         most = 1 - cost_after(len(removals)) / cost(full)
         raise ValueError(
-            f"sparsity {sparsity:.4g} cannot be reached: with whole blocks and the floor of each layer the most "
-            f"is {most:.4g}; lower round_to, min_density or the sparsity"
+            f"sparsity {sparsity:.4g} cannot be reached: with whole blocks and the floor of each layer "
+            f"the most is {most:.4g}; lower round_to, min_density or the sparsity"
         )
     widths = _after(start, removals[:count])
     kept = {}

@@ -1,0 +1,45 @@
+"""Channels of the module that is trained, from the loss on its first probe batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+from altermoma_pl.callback.loaders import ProbeLoader
+from altermoma_pl.callback.loss import loss_function
+from altermoma_pl.callback.memory import memory_advice
+from altermoma_pl.callback.scoring import scoring_batches
+from altermoma_pl.criteria import Calibration
+from altermoma_pl.granularity import Granularity, Traced
+from altermoma_pl.structured.calibration import ChannelCalibration
+
+
+def trace_channels(
+    granularity: Granularity,
+    trainer: Trainer,
+    module: LightningModule,
+    which: ProbeLoader,
+    seed: int,
+    prunable: list[str],
+) -> Traced:
+    """The channels of the module, which is left as it was, as are random numbers and loaders.
+
+    Raises:
+        ModuleNotFoundError: Without torch-pruning.
+        ValueError: As `find_channels`.
+    """
+    with memory_advice(), scoring_batches(trainer, module, which, seed, needed=True) as (probes, _, _):
+        batch = next(iter(probes))
+        loss = loss_function(trainer, module)
+
+        def forward(model: nn.Module) -> Tensor:
+            return loss(model, batch)
+
+        return granularity.trace(module, forward, prunable)
+
+
+def calibration_for(traced: Traced | None, *options: Any) -> Calibration:
+    """A calibration of channels where they were traced, else of weights."""
+    return Calibration(*options) if traced is None else ChannelCalibration(*options, channels=traced.channels)

@@ -52,7 +52,7 @@ def top_k(
             what `within` prunes already, a group is unknown or missing, the floors need more weights
             than the target keeps, or only some scores are sharded.
     """
-    _check_scores(scores, within)
+    check_scores(scores, within)
     if tie_breaker is not None:
         _check_alike(scores, tie_breaker, "tie breaker", shapes=isinstance(tie_breaker, dict))
     check_density(min_density)
@@ -78,7 +78,8 @@ def check_density(min_density: float) -> None:
         raise ValueError(f"min_density must be in [0, 1], got {min_density!r}")
 
 
-def _check_scores(scores: Mapping[str, Tensor], within: Masks | None) -> None:
+def check_scores(scores: Mapping[str, Tensor], within: Masks | None) -> None:
+    """Raise a `ValueError` if there are no scores, or `within` has other names or shapes."""
     if not scores:
         raise ValueError("there are no scores: nothing to rank")
     if within is not None:

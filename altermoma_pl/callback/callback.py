@@ -39,7 +39,7 @@ from altermoma_pl.criteria import AlterEva, Calibration, Criterion, Scores
 from altermoma_pl.criteria.base import no_progress
 from altermoma_pl.criteria.computed import Computed
 from altermoma_pl.criteria.finite import OnNonFinite
-from altermoma_pl.granularity import Granularity, Ranking, Sparsity, Traced, parse_granularity
+from altermoma_pl.granularity import Granularity, Ranking, Sparsity, parse_granularity
 from altermoma_pl.masks import Masks
 from altermoma_pl.modality import Modalities
 from altermoma_pl.schedules import Cubic, Schedule

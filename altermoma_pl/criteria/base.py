@@ -236,6 +236,12 @@ class Calibration:
         check_gradients(label, gradients)
         return float(loss.detach()), gradients
 
+    def derivatives(
+        self, label: str, batch: Any, of: Mapping[str, nn.Parameter]
+    ) -> tuple[float, dict[str, Tensor]]:
+        """The loss on a batch and its derivatives by what is scored, `weights` or some of them."""
+        return self.gradients(label, batch, of)
+
     def _scalar(self, label: str, batch: Any) -> Tensor:
         loss = self.loss_fn(self.model, batch)
         if not torch.is_grad_enabled():

@@ -68,7 +68,7 @@ class Taylor(Criterion):
         """The mean of (theta * g)^2 of every prunable weight."""
 
         def squares(label: str, batch: Any, of: Weights) -> tuple[float, Gradients]:
-            loss, gradients = calibration.gradients(label, batch, of)
+            loss, gradients = calibration.derivatives(label, batch, of)
             return loss, {n: (of[n].detach() * at_least_float32(g)).square() for n, g in gradients.items()}
 
         with noise_free(calibration.model), restored(calibration.model):

@@ -49,7 +49,7 @@ def mean_gradients(
     with _together(calibration):
         batches = calibration.probes(count, phase, skip)
         for loss, gradients in calibration.finite(
-            batches, lambda label, batch: (measure or calibration.gradients)(label, batch, of)
+            batches, lambda label, batch: (measure or calibration.derivatives)(label, batch, of)
         ):
             losses.append(loss)
             while gradients:  # let go of them: the next come before the names are bound anew
@@ -85,9 +85,9 @@ def mean_change(
 
     def both(label: str, batch: Any) -> tuple[float, Gradients, float, Gradients]:
         _load_(parameters, before)
-        first = calibration.gradients(label, batch, of)
+        first = calibration.derivatives(label, batch, of)
         _load_(parameters, after)
-        return *first, *calibration.gradients(label, batch, of)
+        return *first, *calibration.derivatives(label, batch, of)
 
     with _together(calibration):
         batches = calibration.probes(count, f"{phase}, reactivated")

@@ -85,18 +85,14 @@ class ChannelCalibration(Calibration):
         kept = self.channels.kept(self.masks)
         return Masks({name: kept[name].to(size.device) for name, size in self.weights.items()})
 
-    def gradients(
-        self, label: str, batch: Any, of: Mapping[str, nn.Parameter], create_graph: bool = False
+    def derivatives(
+        self, label: str, batch: Any, of: Mapping[str, nn.Parameter]
     ) -> tuple[float, dict[str, Tensor]]:
-        """The loss on a batch, and its derivatives by the sizes of channels; 0 where a channel is gone.
-
-        Raises:
-            TypeError, ValueError: As `Calibration.gradients`.
-        """
+        """The loss on a batch, and its derivatives by the sizes of channels; 0 where a channel is gone."""
         slices = [(name, each) for name in of for each in self.channels[name].slices]
         needed = {each.name: self.masked[each.name] for _, each in slices if each.name in self.masked}
         needed = {name: p for name, p in needed.items() if p.requires_grad}
-        loss, found = super().gradients(label, batch, needed)
+        loss, found = self.gradients(label, batch, needed)
         products = {name: self._reference[name] * gradient for name, gradient in found.items()}
         sums: dict[str, Tensor] = {}
         for name, each in slices:

@@ -1,5 +1,6 @@
 """The scripts that measure costs: their arithmetic, and that each runs. What they measure is not tested."""
 
+import copy
 import json
 import math
 import sys
@@ -8,7 +9,9 @@ import pytest
 import torch
 
 from altermoma_pl import AlterEva
-from examples.benchmarks import growth, measuring, memory, scoring, step
+from altermoma_pl.patterns import check_pattern
+from altermoma_pl.semi_structured import device_obstacle
+from examples.benchmarks import growth, measuring, memory, scoring, semi_structured, step
 from examples.benchmarks.workloads import Towers
 
 QUICK = ["--quick", "--repeats", "1"]
@@ -131,3 +134,38 @@ def test_a_case_has_a_process_of_its_own():
     found = memory.measure("forward and backward", arguments)
     assert found["parameters"] == 4 * Towers(1e4).num_parameters
     assert found["peak"] > found["parameters"]
+
+
+def test_semi_structured_says_that_a_cpu_gains_nothing(capsys):
+    semi_structured.main(["--quick"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.startswith("Nothing to measure with --device cpu. 2:4 has no gain on a CPU: the zeros are")
+
+
+def test_semi_structured_compares_models_of_the_same_numbers(tmp_path, monkeypatch):
+    """As on a GPU, with a compressed model that is a masked copy."""
+    given = []
+
+    def masked_copy(model, masks):
+        check_pattern(masks, semi_structured.PATTERN)
+        given.append(list(masks))
+        compressed = copy.deepcopy(model)
+        masks.apply_(compressed)
+        return compressed, tuple(masks), {}
+
+    monkeypatch.setattr(semi_structured, "device_obstacle", lambda device: None)
+    monkeypatch.setattr(semi_structured, "to_semi_structured", masked_copy)
+    rows = rows_of(semi_structured, tmp_path)
+    assert list(rows) == ["linear, 64: dense", "linear, 64: 2:4", "MLP, 64: dense", "MLP, 64: 2:4"]
+    assert given == [["0.weight"], ["0.weight", "2.weight"]]
+    assert rows["MLP, 64: dense"]["ratios"] == [1]
+    assert rows["MLP, 64: 2:4"]["note"] == "2 of 2 compressed, deviation 0.0e+00"
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The PyTorch API of SparseSemiStructuredTensor:UserWarning")
+@pytest.mark.skipif(device_obstacle(torch.device("cuda")) is not None, reason="needs a GPU with 2:4 kernels")
+def test_semi_structured_runs_on_a_gpu(tmp_path):
+    rows = rows_of(semi_structured, tmp_path, "--device", "cuda")
+    assert len(rows) == 2 * 2
+    assert rows["MLP, 64: 2:4"]["note"].startswith("2 of 2 compressed")

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from altermoma_pl.structured.groups import ChannelGroup, Slice
-from altermoma_pl.structured.layouts import PRODUCERS, Names, tensors_of_port
-from altermoma_pl.structured.tracing import Port
+from altermoma_pl.structured.layouts import Names, tensors_of_port
+from altermoma_pl.structured.tracing import PRODUCERS, Port
 
 Declared = Mapping[str, Mapping[str, str]]
 """Group name -> module path -> "out", "in", or "in:16" where the channels begin at input 16."""

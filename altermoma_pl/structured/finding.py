@@ -12,8 +12,8 @@ from altermoma_pl.contexts import restored
 from altermoma_pl.modality import prunable as prunable_weights
 from altermoma_pl.structured.declared import Declared, declared_groups
 from altermoma_pl.structured.groups import ChannelGroup, Channels
-from altermoma_pl.structured.layouts import PRODUCERS, Names, group_of_layout, layouts
-from altermoma_pl.structured.tracing import Coupling, Forward, trace
+from altermoma_pl.structured.layouts import Names, group_of_layout, layouts
+from altermoma_pl.structured.tracing import PRODUCERS, Coupling, Forward, trace
 from altermoma_pl.structured.trial import TOLERANCE, difference, half, outputs_of, why_not
 
 

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from altermoma_pl.structured.groups import ChannelGroup, Slice
-from altermoma_pl.structured.tracing import HEADS, Coupling, Port
+from altermoma_pl.structured.tracing import HEADS, PRODUCERS, Coupling, Port
 
 _CONVS = nn.modules.conv._ConvNd
 _TRANSPOSED = nn.modules.conv._ConvTransposeNd
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
-PRODUCERS = (nn.modules.conv._ConvNd, nn.Linear)
 
 
 class Layout(NamedTuple):

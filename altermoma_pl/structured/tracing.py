@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 Forward = Callable[[nn.Module], Any]
 """Runs a model on example inputs; returns tensors, in tuples, lists and dictionaries, or a loss."""
+
+PRODUCERS = (nn.modules.conv._ConvNd, nn.Linear)
+"""Layers that put channels out."""
 
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")
 """What attention modules call the number of their heads."""
@@ -65,21 +68,52 @@ def trace(model: nn.Module, forward: Forward) -> list[Coupling]:
     with warnings.catch_warnings(), _trainable(model), torch.enable_grad():
         warnings.simplefilter("ignore")
         graph.build_dependency(model, None, forward_fn=run, verbose=False)
-        groups = list(graph.get_all_groups())
-    couplings = []
-    for group in groups:
-        ports = [
-            Port(
-                item.dep.target.module,
-                "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in",
-                list(item.idxs),
-                list(item.root_idxs),
-            )
-            for item in group
-            if item.dep.target.module in modes or isinstance(item.dep.target.module, nn.Parameter)
-        ]
-        couplings.append(Coupling(len(group[0].idxs), ports))
-    return couplings
+        return list(_couplings(graph, model))
+
+
+def _couplings(graph: Any, model: nn.Module) -> Iterator[Coupling]:
+    """One for each layer whose outputs no earlier coupling has."""
+    seen: set[object] = set()
+    parts = set(model.modules())
+    for module in model.modules():
+        if module not in graph.module2node or module in seen or not isinstance(module, PRODUCERS):
+            continue
+        pruner = graph.get_pruner_of_module(module)
+        width = pruner.get_out_channels(module)
+
+        def ports(*channels: int, of: Any = pruner, root: nn.Module = module) -> dict[tuple[Any, str], Port]:
+            group = graph.get_pruning_group(root, of.prune_out_channels, list(channels))
+            found = [_port(item, graph) for item in group]
+            return {
+                (port.module, port.side): port
+                for port in found
+                if port.module in parts or isinstance(port.module, nn.Parameter)
+            }
+
+        first, last = ports(0), ports(width - 1)
+        if {key: len(p.positions) for key, p in first.items()} == {
+            k: len(p.positions) for k, p in last.items()
+        }:
+            coupled = ports(*range(width))
+        else:  # part of the outputs goes another way: asked at once, the graph takes minutes
+            coupled = _merged(ports(channel) for channel in range(width))
+        seen |= {port.module for port in coupled.values() if port.side == "out"}
+        yield Coupling(width, list(coupled.values()))
+
+
+def _port(item: Any, graph: Any) -> Port:
+    side = "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
+    return Port(item.dep.target.module, side, list(item.idxs), list(item.root_idxs))
+
+
+def _merged(parts: Iterable[dict[tuple[Any, str], Port]]) -> dict[tuple[Any, str], Port]:
+    whole: dict[tuple[Any, str], Port] = {}
+    for part in parts:
+        for key, port in part.items():
+            into = whole.setdefault(key, Port(port.module, port.side, [], []))
+            into.positions.extend(port.positions)
+            into.roots.extend(port.roots)
+    return whole
 
 
 def tensors_of(value: Any) -> list[Tensor]:

@@ -140,7 +140,7 @@ def test_flops_of_attention():
 
 
 def test_flops_of_an_encoder_layer_that_would_be_fused():
-    layer = nn.TransformerEncoderLayer(4, 1, dim_feedforward=16, batch_first=True)
+    layer = nn.TransformerEncoderLayer(4, 2, dim_feedforward=16, batch_first=True)
     flops = count_flops(layer, (torch.ones(1, 8, 4),))
     assert flops.of_module["linear1"] == 2 * 8 * 4 * 16
     with FlopCounterMode(display=False) as reference, sdpa_kernel(SDPBackend.MATH):
@@ -183,7 +183,7 @@ def test_peak_memory(net, num_floats):
 
 def test_peak_memory_in_an_encoder_layer_that_would_be_fused():
     """Between its linear layers are 8 x 64 numbers, before and after the ReLU, beside 8 x 4 of the norm."""
-    layer = nn.TransformerEncoderLayer(4, 1, dim_feedforward=64, batch_first=True)
+    layer = nn.TransformerEncoderLayer(4, 2, dim_feedforward=64, batch_first=True)
     assert peak_memory(layer, (torch.ones(1, 8, 4),), CPU) >= 4 * (2 * 8 * 64 + 8 * 4)
 
 

@@ -74,7 +74,7 @@ class CostReport:
             cells = [_cell(key, values[reference])]
             for name in others:
                 cells += [_cell(key, values[name]), _ratio(values[name].get(key), values[reference].get(key))]
-            table.add_row(escape(label), *map(escape, cells))
+            table.add_row(escape(label), *cells)
         return table
 
     def to_text(self, title: str = "Costs", width: int | None = None) -> str:

@@ -1,4 +1,4 @@
-"""Figures: which layers are kept, importance against redundancy, sparsity over epochs.
+"""Figures: which layers are kept and how wide, importance against redundancy, sparsity over epochs.
 
 matplotlib is imported where it is used (extra `plot`). Colours are those of Okabe and Ito, which
 colour-blind readers can tell apart; markers differ as well.
@@ -76,6 +76,52 @@ def kept_per_layer(report: SparsityReport) -> Figure:
         Patch(color=colours[name], label=f"{name}: {total.kept:.3f}") for name, total in report.groups.items()
     ]
     axes.margins(y=0.01)
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=8)
+    return figure
+
+
+def widths(before: Mapping[str, int], after: Mapping[str, int], group_of: Mapping[str, str]) -> Figure:
+    """Horizontal bars: output channels of each layer before (light) and after (solid) slimming.
+
+    Args:
+        before: Layer name -> output channels, in the order of the figure.
+        after: The same layers, slimmed.
+        group_of: Layer name -> modality, which gives the colour.
+
+    Raises:
+        ValueError: If the three do not name the same layers, or there is none.
+    """
+    if not before or not before.keys() == after.keys() == group_of.keys():
+        odd = sorted((before.keys() ^ after.keys()) | (before.keys() ^ group_of.keys()))
+        raise ValueError(
+            f"before, after and group_of must name the same layers, at least one; these differ: {odd}"
+        )
+    from matplotlib.patches import Patch
+
+    colours = _colours(dict.fromkeys(group_of[name] for name in before))
+    figure, axes = new_axes(width=8, height=max(2.5, 0.22 * len(before) + 1.2))
+    own = [colours[group_of[name]] for name in before]
+    axes.barh(list(before), list(before.values()), color=own, alpha=0.3)
+    axes.barh(list(before), [after[name] for name in before], color=own)
+    for row, (name, width) in enumerate(before.items()):
+        axes.annotate(
+            f"{after[name]} of {width}",
+            (width, row),
+            xytext=(3, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=6,
+        )
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", labelsize=7)
+    axes.set_xlim(0, 1.1 * max(before.values()))  # room for the numbers
+    axes.set_xlabel("output channels (light: before, solid: after)")
+    axes.margins(y=0.01)
+    handles = []
+    for group, colour in colours.items():
+        names = [name for name in before if group_of[name] == group]
+        total, left = sum(before[name] for name in names), sum(after[name] for name in names)
+        handles.append(Patch(color=colour, label=f"{group}: {left:,} of {total:,}"))
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=8)
     return figure
 

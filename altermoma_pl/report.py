@@ -102,11 +102,7 @@ class SparsityReport:
 
     def to_text(self, title: str = "Kept weights", width: int | None = None) -> str:
         """The table as plain text, as wide as the terminal unless said otherwise."""
-        columns = width or shutil.get_terminal_size(fallback=(110, 24)).columns
-        console = Console(file=io.StringIO(), width=columns, color_system=None)
-        with console.capture() as capture:
-            console.print(self.table(title))
-        return capture.get().rstrip()
+        return as_text(self.table(title), width)
 
     def to_json(self) -> str:
         """`sparsity`, `groups`, `layers` and `losses` as json."""
@@ -130,6 +126,15 @@ class SparsityReport:
         writer.writeheader()
         writer.writerows(_row(layer) for layer in self.layers)
         return text.getvalue()
+
+
+def as_text(table: Table, width: int | None = None) -> str:
+    """A table as plain text, as wide as the terminal unless said otherwise."""
+    columns = width or shutil.get_terminal_size(fallback=(110, 24)).columns
+    console = Console(file=io.StringIO(), width=columns, color_system=None)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get().rstrip()
 
 
 def _row(layer: LayerReport) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Figures: labels, legends, as many marks as there is data, a colour for each modality."""
 
+import re
 import sys
 from typing import Any
 
@@ -152,3 +153,46 @@ def test_without_matplotlib_nothing_is_drawn(monkeypatch, tmp_path):
     fit(Fusion(), callback)
     assert len(callback.events) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+BEFORE = {"camera.a": 64, "lidar.a": 32, "head": 8, "camera.b": 128}
+OF_LAYER = {"camera.a": "camera", "lidar.a": "lidar", "head": "shared", "camera.b": "camera"}
+
+
+def test_widths():
+    from matplotlib.colors import to_hex
+
+    after = {"camera.b": 32, "camera.a": 16, "lidar.a": 32, "head": 8}
+    axes = labelled(figures.widths(BEFORE, after, OF_LAYER))
+    light, solid = axes.patches[:4], axes.patches[4:]
+    assert [bar.get_width() for bar in light] == [64, 32, 8, 128]
+    assert [bar.get_width() for bar in solid] == [16, 32, 8, 32]
+    assert [(one.get_y(), to_hex(one.get_facecolor())) for one in light] == [
+        (one.get_y(), to_hex(one.get_facecolor())) for one in solid
+    ]
+    assert {bar.get_alpha() for bar in light} != {bar.get_alpha() for bar in solid}
+    camera, lidar, head, late = (to_hex(bar.get_facecolor()) for bar in solid)
+    assert camera == late
+    assert len({camera, lidar, head}) == 3
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(BEFORE)
+    assert [text.get_text() for text in axes.texts] == ["16 of 64", "32 of 32", "8 of 8", "32 of 128"]
+    assert [text.get_text() for text in axes.figure.legends[0].get_texts()] == [
+        "camera: 48 of 192",
+        "lidar: 32 of 32",
+        "shared: 8 of 8",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "group_of", "differ"),
+    [
+        ({}, {}, {}, "[]"),
+        (BEFORE, {**BEFORE, "late": 1}, OF_LAYER, "['late']"),
+        (BEFORE, BEFORE, {**OF_LAYER, "odd": "camera"}, "['odd']"),
+    ],
+)
+def test_widths_of_other_layers(before, after, group_of, differ):
+    with pytest.raises(
+        ValueError, match=re.escape(f"must name the same layers, at least one; these differ: {differ}")
+    ):
+        figures.widths(before, after, group_of)

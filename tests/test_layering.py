@@ -22,7 +22,7 @@ LAYERS = [  # lowest first; a file of a folder that is not named belongs to its 
     {"criteria.grasp", "criteria.prospr", "criteria.beta"},
     {"criteria"},
     {"report", "structured", "semi_structured"},
-    {"figures", "granularity"},
+    {"figures", "granularity", "costs"},
     {"callback"},
     {"compare.benchmark", "compare.statistics", "compare.workers"},
     {"compare.grid", "compare.progress"},

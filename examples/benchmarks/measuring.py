@@ -5,7 +5,6 @@ import json
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +12,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+
+from altermoma_pl.costs import timing
 
 
 @dataclass(frozen=True)
@@ -69,34 +70,18 @@ def options(
     return arguments
 
 
-def seconds(action: Callable[[], object], device: str = "cpu") -> float:
-    """How long it takes, until the device has done it."""
-    _wait_for(device)
-    started = time.perf_counter()
-    action()
-    _wait_for(device)
-    return time.perf_counter() - started
-
-
 def in_turns(
     actions: Mapping[str, Callable[[], object]], repeats: int, times: int = 1, device: str = "cpu"
 ) -> dict[str, list[float]]:
     """Seconds of each action: for every repetition the median of `times` runs.
 
-    The actions take turns, in an order that is reversed each time, so that whatever else the machine does
-    meets all of them alike. Each runs once before, not measured.
+    The actions take turns, as `altermoma_pl.costs.timing` says. Each runs once before, not measured.
     """
-    for action in actions.values():
-        action()
-    medians: dict[str, list[float]] = {name: [] for name in actions}
-    for _ in range(repeats):
-        taken: dict[str, list[float]] = {name: [] for name in actions}
-        for turn in range(times):
-            for name in list(actions)[:: -1 if turn % 2 else 1]:
-                taken[name].append(seconds(actions[name], device))
-        for name, values in taken.items():
-            medians[name].append(statistics.median(values))
-    return medians
+    taken = timing.in_turns(actions, repeats * times, device=device)
+    return {
+        name: [statistics.median(values[start : start + times]) for start in range(0, len(values), times)]
+        for name, values in taken.items()
+    }
 
 
 def ratios(amounts: Sequence[float], reference: Sequence[float]) -> list[float]:
@@ -123,8 +108,3 @@ def show(title: str, rows: Sequence[Row], arguments: argparse.Namespace) -> None
             "rows": [asdict(row) | {"median": row.median} for row in rows],
         }
         arguments.json.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _wait_for(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize(device)

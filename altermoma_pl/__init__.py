@@ -17,26 +17,31 @@ from altermoma_pl.criteria import (
     Wanda,
     choose_beta,
 )
+from altermoma_pl.granularity import Channel, Granularity, NofM, Weight
 from altermoma_pl.masks import Masks
 from altermoma_pl.modality import Modalities
 from altermoma_pl.report import SparsityReport
 from altermoma_pl.schedules import Cubic, Exponential, Linear, OneShot, Rewinding, Schedule
 from altermoma_pl.sparsity import top_k
+from altermoma_pl.structured import find_channels, slim
 
 __all__ = [
     "SNIP",
     "AlterEva",
     "AlterMOMACallback",
     "Calibration",
+    "Channel",
     "Components",
     "Criterion",
     "Cubic",
     "Exponential",
     "GraSP",
+    "Granularity",
     "Linear",
     "Magnitude",
     "Masks",
     "Modalities",
+    "NofM",
     "OneShot",
     "ProsPr",
     "Random",
@@ -46,8 +51,11 @@ __all__ = [
     "SynFlow",
     "Taylor",
     "Wanda",
+    "Weight",
     "choose_beta",
     "deactivated",
+    "find_channels",
     "restored",
+    "slim",
     "top_k",
 ]

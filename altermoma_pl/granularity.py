@@ -1,4 +1,4 @@
-"""What is pruned as one piece: a weight, or a channel; from scores to masks for each."""
+"""What is pruned as one piece: a weight, a block of N:M, or a channel; from scores to masks for each."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from altermoma_pl.criteria import Criterion
 from altermoma_pl.criteria.computed import Computed
 from altermoma_pl.masks import Masks
 from altermoma_pl.options import check_type
+from altermoma_pl.patterns import Pattern, keep_n_of_m
 from altermoma_pl.sparsity import Scope, top_k
 from altermoma_pl.structured import Channels, FlopModel, Kept, find_channels, keep_widths, owners
 from altermoma_pl.structured.tracing import Forward
@@ -41,6 +42,7 @@ class Ranking:
         min_density: Share of each tensor, or group of channels, that stays whatever its scores.
         tie_breaker: Second scores, of weights.
         traced: The channels, where those are pruned.
+        input_dims: Parameter name -> its dimension of inputs, 1 if left out, for blocks of those.
     """
 
     masks: Masks
@@ -49,6 +51,7 @@ class Ranking:
     min_density: float
     tie_breaker: Mapping[str, Tensor] | None = None
     traced: Traced | None = None
+    input_dims: Mapping[str, int] | None = None
 
 
 class Granularity(ABC):
@@ -62,7 +65,7 @@ class Granularity(ABC):
         raise NotImplementedError(f"{type(self).__name__} needs no channels")
 
     @abstractmethod
-    def check(self, criterion: Criterion, sparsity: Sparsity, scope: Scope) -> None:
+    def check(self, criterion: Criterion, sparsity: Sparsity, scope: Scope, min_density: float) -> None:
         """Raise a `ValueError` if these cannot go together."""
 
     @abstractmethod
@@ -90,7 +93,7 @@ class Granularity(ABC):
 class Weight(Granularity):
     """Single weights: the sparsity is the share of weights, exactly."""
 
-    def check(self, criterion: Criterion, sparsity: Sparsity, scope: Scope) -> None:
+    def check(self, criterion: Criterion, sparsity: Sparsity, scope: Scope, min_density: float) -> None:
         """Everything goes."""
 
     def masks(self, scores: Mapping[str, Tensor], sparsity: Sparsity, ranking: Ranking) -> Masks:
@@ -121,6 +124,49 @@ class Weight(Granularity):
 
 
 @dataclass(frozen=True)
+class NofM(Weight):
+    """N of every M consecutive weights along the inputs of a layer stay, as sparse tensor cores want them.
+
+    The sparsity must be 1 - n / m; earlier events of a schedule prune less, within the pattern. Layers whose
+    inputs cannot be divided by m, such as a first one, are an error: leave them out by `prunable`.
+
+    Args:
+        n: Weights that stay of each block.
+        m: Weights of a block.
+
+    Raises:
+        ValueError: If not 1 <= n < m.
+    """
+
+    n: int = 2
+    m: int = 4
+
+    def __post_init__(self) -> None:
+        Pattern(self.n, self.m)
+
+    def check(self, criterion: Criterion, sparsity: Sparsity, scope: Scope, min_density: float) -> None:
+        """The pattern says how many stay, and where."""
+        pattern = Pattern(self.n, self.m)
+        if sparsity != pattern.sparsity:
+            raise ValueError(
+                f"{pattern} prunes a share of {pattern.sparsity:g}: set sparsity to that, got {sparsity}"
+            )
+        if scope != "global":
+            raise ValueError(f"{pattern} prunes every block alike: choose the scope 'global', got {scope!r}")
+        if min_density > 1 - pattern.sparsity:
+            raise ValueError(
+                f"{pattern} keeps {1 - pattern.sparsity:g} of each tensor, min_density={min_density:g}"
+            )
+
+    def masks(self, scores: Mapping[str, Tensor], sparsity: Sparsity, ranking: Ranking) -> Masks:
+        """The best of each block; the worst of all while less than the pattern is pruned."""
+        if isinstance(sparsity, dict):
+            raise TypeError(f"a pattern has one sparsity, got {sparsity}")
+        dims = {name: dim for name, dim in (ranking.input_dims or {}).items() if name in scores}
+        return keep_n_of_m(scores, Pattern(self.n, self.m), sparsity, ranking.masks, dims)
+
+
+@dataclass(frozen=True)
 class Channel(Granularity):
     """Whole channels, in all layers that are coupled (needs the extra `structured`).
 
@@ -148,7 +194,7 @@ class Channel(Granularity):
         if self.round_to < 1:
             raise ValueError(f"round_to must be at least 1, got {self.round_to}")
 
-    def check(self, criterion: Criterion, sparsity: Sparsity, scope: Scope) -> None:
+    def check(self, criterion: Criterion, sparsity: Sparsity, scope: Scope, min_density: float) -> None:
         """The criterion must know nothing of weights, and FLOPs are those of the whole model."""
         if not criterion.for_channels:
             raise ValueError(
@@ -225,7 +271,7 @@ class Channel(Granularity):
 
 
 def parse_granularity(value: str | Granularity) -> Granularity:
-    """Strings "weight" or "channel" with their defaults, or an object as it is.
+    """Strings "weight", "channel" and "N:M" with their defaults, or an object as it is.
 
     Raises:
         ValueError: If it is none of these.
@@ -236,7 +282,19 @@ def parse_granularity(value: str | Granularity) -> Granularity:
         return Weight()
     if value == "channel":
         return Channel()
-    raise ValueError(f"granularity must be 'weight', 'channel' or a Granularity, got {value!r}")
+    if isinstance(value, str) and ":" in value:
+        pattern = Pattern.parse(value)
+        return NofM(pattern.n, pattern.m)
+    raise ValueError(
+        f"granularity must be 'weight', 'channel', a pattern such as '2:4' (in quotes: YAML reads a number), or "
+        f"an object of Weight, NofM or Channel, got {value!r}"
+    )
+
+
+def input_dims(model: nn.Module) -> dict[str, int]:
+    """Parameter name -> the dimension of its inputs, of those where it is not 1."""
+    transposed = nn.modules.conv._ConvTransposeNd
+    return {f"{path}.weight": 0 for path, module in model.named_modules() if isinstance(module, transposed)}
 
 
 def _by_group(sparsity: Sparsity) -> dict[str, float]:

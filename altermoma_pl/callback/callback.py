@@ -39,7 +39,7 @@ from altermoma_pl.criteria import AlterEva, Calibration, Criterion, Scores
 from altermoma_pl.criteria.base import no_progress
 from altermoma_pl.criteria.computed import Computed
 from altermoma_pl.criteria.finite import OnNonFinite
-from altermoma_pl.granularity import Granularity, Ranking, Sparsity, parse_granularity
+from altermoma_pl.granularity import Granularity, Ranking, Sparsity, input_dims, parse_granularity
 from altermoma_pl.masks import Masks
 from altermoma_pl.modality import Modalities
 from altermoma_pl.schedules import Cubic, Schedule
@@ -90,8 +90,8 @@ class AlterMOMACallback(Stateful):
             two to four times as large as the prunable weights.
         name: Tells several of these callbacks in one Trainer apart: in checkpoints, and in metrics and
             folders (`pruning/NAME`). They must prune different weights.
-        granularity: What is pruned as one piece: a "weight", or a "channel" in all layers that are coupled
-            (or a `Channel` with options); then the sparsity is a share of the channels that can be removed.
+        granularity: What is pruned as one piece: a "weight", N of every M inputs ("2:4"), or a "channel" in
+            all coupled layers, with the options of `Channel`; the sparsity is then a share of channels.
         on_nonfinite: Whether a batch whose loss or gradient is not finite ends the run with an error,
             "raise", or is left out of the scores and counted, "skip".
 
@@ -139,7 +139,7 @@ class AlterMOMACallback(Stateful):
         others = {"figures": (figures, bool), "store_components": (store_components, bool)}
         folder = None if isinstance(output_dir, Path) else output_dir
         check_parts(criterion, schedule, prunable, seed, output_dir=(folder, str | None), **others)
-        self._grain.check(criterion, sparsity, scope)
+        self._grain.check(criterion, sparsity, scope, min_density)
         check_storable(self._grain, store_components)
 
     # When: Lightning's hooks, in the order in which they come.
@@ -237,6 +237,7 @@ class AlterMOMACallback(Stateful):
             return
         if held and not self._grain.by_channel:
             return
+        self._input_dims = input_dims(module)
         calibration = self._calibration(trainer, module)
         masks = (self._state.masks or Masks.dense(calibration.masked)).to(module)
         if self._state.masks is not None:
@@ -277,7 +278,9 @@ class AlterMOMACallback(Stateful):
         if state.masks is None:
             raise ValueError("there are no masks to rank within: nothing was found to prune yet")
         masks, groups = state.masks, state.group_of
-        return Ranking(masks, groups, self.scope, self.min_density, magnitudes, self._traced)
+        return Ranking(
+            masks, groups, self.scope, self.min_density, magnitudes, self._traced, self._input_dims
+        )
 
     def _shortfall(self, state: PruningState) -> str:
         """What is missing to the last target, in words."""

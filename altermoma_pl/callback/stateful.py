@@ -27,6 +27,7 @@ class Stateful(Callback):
         self._state = PruningState()
         self._enforcement: Enforcement | None = None
         self._traced: Traced | None = None
+        self._input_dims: dict[str, int] = {}
         self._masks_gradients = False
         self._scoring_seconds = 0.0
 

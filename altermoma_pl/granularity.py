@@ -286,8 +286,8 @@ def parse_granularity(value: str | Granularity) -> Granularity:
         pattern = Pattern.parse(value)
         return NofM(pattern.n, pattern.m)
     raise ValueError(
-        f"granularity must be 'weight', 'channel', a pattern such as '2:4' (in quotes: YAML reads a number), or "
-        f"an object of Weight, NofM or Channel, got {value!r}"
+        f"granularity must be 'weight', 'channel', a pattern such as '2:4' (in quotes: YAML reads a number), "
+        f"or an object of Weight, NofM or Channel, got {value!r}"
     )
 
 

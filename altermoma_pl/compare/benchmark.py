@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 from altermoma_pl.callback import AlterMOMACallback
 from altermoma_pl.criteria import Criterion
+from altermoma_pl.granularity import Granularity, parse_granularity
 from altermoma_pl.schedules import Schedule
 from altermoma_pl.sparsity import Scope, check_density
 
@@ -65,6 +66,7 @@ class Method:
         num_epochs: Length of pruning and fine-tuning; None for the comparison's.
         scope: Over what weights compete; None for the comparison's.
         min_density: Floor of each tensor; None for the comparison's.
+        granularity: What is pruned as one piece; None for the comparison's.
 
     Raises:
         ValueError: If a value is out of range.
@@ -75,6 +77,7 @@ class Method:
     num_epochs: int | None = None
     scope: Scope | None = None
     min_density: float | None = None
+    granularity: str | Granularity | None = None
 
     def __post_init__(self) -> None:
         if self.num_epochs is not None and self.num_epochs < 1:
@@ -83,6 +86,8 @@ class Method:
             raise ValueError(f"scope must be one of {list(get_args(Scope))}, got {self.scope!r}")
         if self.min_density is not None:
             check_density(self.min_density)
+        if self.granularity is not None:
+            parse_granularity(self.granularity)
 
 
 def identity(thing: object) -> str:

@@ -19,6 +19,7 @@ from altermoma_pl.compare.grid import Cell, Grid, Store, parse_shard, write_whol
 from altermoma_pl.compare.progress import Watch
 from altermoma_pl.compare.summary import Summary
 from altermoma_pl.compare.workers import Failure, Workers
+from altermoma_pl.granularity import Granularity
 from altermoma_pl.schedules import Cubic, Schedule
 from altermoma_pl.sparsity import Scope
 
@@ -33,6 +34,7 @@ def compare(
     num_epochs: int = 8,
     scope: Scope = "global",
     min_density: float = 0.01,
+    granularity: str | Granularity = "weight",
     output_dir: str = "runs/compare",
     dense_dir: str | None = None,
     jobs: int = 1,
@@ -56,6 +58,8 @@ def compare(
         num_epochs: Length of pruning and fine-tuning.
         scope: Over what weights compete.
         min_density: Share of each tensor that stays whatever its scores.
+        granularity: What is pruned as one piece: a "weight", "N:M" or a "channel", and sparsities are then
+            shares of channels.
         output_dir: For results, tables and figures.
         dense_dir: For dense models; comparisons on the same benchmark may share it. None for a folder
             `dense` in `output_dir`.
@@ -71,7 +75,13 @@ def compare(
         ValueError: If an option is out of range or a schedule does not fit in its epochs.
         RuntimeError: If runs failed; the others are done and kept.
     """
-    defaults = {"schedule": schedule, "num_epochs": num_epochs, "scope": scope, "min_density": min_density}
+    defaults = {
+        "schedule": schedule,
+        "num_epochs": num_epochs,
+        "scope": scope,
+        "min_density": min_density,
+        "granularity": granularity,
+    }
     complete = {name: _completed(name, method, defaults) for name, method in methods.items()}
     chosen = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
     grid = Grid(benchmark, complete, tuple(sparsities), chosen, threads)
@@ -113,6 +123,7 @@ def run_cell(grid: Grid, store: Store, cell: Cell) -> None:
         prunable=list(grid.benchmark.prunable),
         seed=cell.seed,
         figures=False,
+        granularity=method.granularity or "weight",
         store_components=False,
     )
     started = time.perf_counter()
@@ -125,7 +136,9 @@ def _of_callback(callback: AlterMOMACallback, seconds: float) -> Values:
     report = callback.report()
     kept = {f"kept/{name}": total.kept for name, total in report.groups.items()}
     cost = {"seconds/scoring": callback.scoring_seconds, "seconds/all": seconds}
-    return {"sparsity": report.sparsity, **kept, **cost}
+    event = callback.events[-1]
+    removed: Values = {key: event[key] for key in ("channels", "flops") if key in event}
+    return {"sparsity": report.sparsity, **removed, **kept, **cost}
 
 
 def _completed(name: str, method: Method, defaults: Mapping[str, Any]) -> Method:

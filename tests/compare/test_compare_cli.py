@@ -76,8 +76,8 @@ def test_options_reach_the_comparison(monkeypatch):
     monkeypatch.setattr(runner_module, "_run", note)
     main(["compare", "--config=config.yaml", "--seeds=[3,5]", "--jobs=4", "--threads=2", "--scope=layer"])
     grid = seen["grid"]
-    assert grid.methods["magnitude"] == Method(Magnitude(), OneShot(), 2, "layer", 0.01)
-    assert grid.methods["late"] == Method(Random(), OneShot(1), 3, "layer", 0.01)
+    assert grid.methods["magnitude"] == Method(Magnitude(), OneShot(), 2, "layer", 0.01, "weight")
+    assert grid.methods["late"] == Method(Random(), OneShot(1), 3, "layer", 0.01, "weight")
     assert (grid.benchmark.width, grid.seeds, grid.sparsities) == (9, (3, 5), (0.5,))
     assert (grid.threads, seen["jobs"]) == (2, 4)
 

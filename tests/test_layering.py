@@ -12,6 +12,7 @@ LAYERS = [  # lowest first; a file of a folder that is not named belongs to its 
     {"options", "distributed"},
     {"modality", "masks", "schedules", "metrics"},
     {"contexts", "radix"},
+    {"export"},
     {"selection"},
     {"sparsity"},
     {"criteria.finite", "criteria.computed", "criteria.components", "criteria.options", "criteria.graph"},

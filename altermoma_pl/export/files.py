@@ -39,7 +39,7 @@ def to_torch_export(model: nn.Module, example_inputs: Any, path: str | Path, dyn
     """
     path = _ready(path)
     with restored(model), quiet():
-        program, _ = trace(model, example_inputs, dynamic)
+        program, _, _ = trace(model, example_inputs, dynamic)
         torch.export.save(program, path)
     return path
 
@@ -72,12 +72,11 @@ def to_onnx(
     _require("onnx", "onnxscript")
     path = _ready(path)
     with restored(model), quiet():
-        program, outputs = trace(model, example_inputs, dynamic)
-        inputs = list(program.graph_signature.user_inputs)
+        program, inputs, outputs = trace(model, example_inputs, dynamic)
         try:
             converted = torch.onnx.export(
                 program,
-                input_names=[str(name) for name in inputs],
+                input_names=inputs,
                 output_names=outputs,
                 opset_version=opset,
                 dynamo=True,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import io
 import logging
+import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -18,42 +20,45 @@ from altermoma_pl.export.tensors import example_tensors, map_inputs, output_tens
 _NOISY = ("torch.export", "torch.fx", "torch.onnx", "onnxscript", "onnx_ir")  # loggers
 
 
-def trace(model: nn.Module, example_inputs: Any, dynamic: bool) -> tuple[ExportedProgram, list[str]]:
-    """The program, of the inputs that matter, and the names of its outputs. Sets eval mode."""
+def trace(
+    model: nn.Module, example_inputs: Any, dynamic: bool
+) -> tuple[ExportedProgram, list[str], list[str]]:
+    """The program, of the inputs that matter, their names, and those of its outputs. Sets eval mode."""
     tensors = example_tensors(model, example_inputs)
-    if dynamic:
-        _check_rows(tensors)
     model.eval()
-    with torch.no_grad(), _followed(model) as running:
+    with torch.no_grad():
         named = _by_name(model, example_inputs, list(tensors))
         try:
             outputs = list(named(**tensors))
         except Exception as error:  # of the model, of any kind
+            where = _innermost(model, error) or type(model).__name__
             raise ValueError(
-                f"{_where(running, model)} does not accept the example inputs {shapes_of(tensors)}: "
+                f"{where} does not accept the inputs {shapes_of(tensors)}: "
                 f"{type(error).__name__}: {first_line(error)}"
             ) from error
         if not outputs:
             raise ValueError(f"{type(model).__name__} gives no tensor: nothing can be exported")
-        program = _export(named, tensors, dynamic, running, model)
-        used = {name: tensors[name] for name in tensors if name in _used(program)}
+        program = _export(named, tensors, dynamic, model)
+        used = _used(program, tensors)
+        if dynamic:
+            _check_rows(used)
         if len(used) < len(tensors):
             named = _by_name(model, example_inputs, list(used))
-            program = _export(named, used, dynamic, running, model)
-    return program, outputs
+            program = _export(named, used, dynamic, model)
+    return program, list(used), outputs
 
 
-def _export(
-    named: nn.Module, tensors: dict[str, Tensor], dynamic: bool, running: list[str], model: nn.Module
-) -> ExportedProgram:
-    shapes = {name: {0: Dim.DYNAMIC} if tensor.dim() else None for name, tensor in tensors.items()}
-    running.clear()
+def _export(named: nn.Module, tensors: dict[str, Tensor], dynamic: bool, model: nn.Module) -> ExportedProgram:
+    # One row, or none, is no size that can vary; if the input does not matter, that is no error.
+    shapes = {name: {0: Dim.DYNAMIC} if _rows(tensor) > 1 else None for name, tensor in tensors.items()}
     try:
-        return torch.export.export(named, (), tensors, dynamic_shapes=shapes if dynamic else None)
+        with redirect_stderr(io.StringIO()):  # where it prints the graph before it raises
+            return torch.export.export(named, (), tensors, dynamic_shapes=shapes if dynamic else None)
     except Exception as error:  # torch.export lets pass whatever the model raises with stand-ins for tensors
-        if running:
+        where = _innermost(model, error)
+        if where is not None:
             raise ValueError(
-                f"{_where(running, model)} cannot be traced: {first_line(error)} Sizes and branches must not "
+                f"{where} cannot be traced: {first_line(error)} Sizes and branches must not "
                 "depend on values of tensors: use torch.where or masks"
             ) from error
         raise ValueError(
@@ -79,44 +84,24 @@ def _by_name(model: nn.Module, example_inputs: Any, names: list[str]) -> nn.Modu
     return named.eval()
 
 
-def _used(program: ExportedProgram) -> set[str]:
-    return {node.name for node in program.graph.nodes if node.op == "placeholder" and node.users}
+def _used(program: ExportedProgram, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of the inputs that something is computed from."""
+    read = {node.name for node in program.graph.nodes if node.op == "placeholder" and node.users}
+    inputs = zip(tensors.items(), program.graph_signature.user_inputs, strict=True)
+    return {name: tensor for (name, tensor), node in inputs if node in read}
+
+
+def _rows(tensor: Tensor) -> int:
+    return tensor.shape[0] if tensor.dim() else 0
 
 
 def _check_rows(tensors: dict[str, Tensor]) -> None:
-    small = [name for name, tensor in tensors.items() if tensor.dim() and tensor.shape[0] < 2]
+    small = [name for name, tensor in tensors.items() if tensor.dim() and _rows(tensor) < 2]
     if small:
         raise ValueError(
             f"the example inputs {small} have fewer than two rows, from which no size that varies can be "
             "traced: give an example of at least two, or dynamic=False"
         )
-
-
-@contextmanager
-def _followed(model: nn.Module) -> Iterator[list[str]]:
-    """Yields a list of the modules that are running, outermost first; an exception leaves it as it was."""
-    running: list[str] = []
-
-    def enter(name: str) -> Callable[..., None]:
-        return lambda *_: running.append(name)
-
-    def leave(name: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            while running and running.pop() != name:  # above it: modules whose exception was caught
-                pass
-
-        return hook
-
-    handles = []
-    for path, module in model.named_modules():
-        name = f"{path} ({type(module).__name__})" if path else type(module).__name__
-        handles.append(module.register_forward_pre_hook(enter(name), prepend=True))
-        handles.append(module.register_forward_hook(leave(name)))
-    try:
-        yield running
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -135,8 +120,12 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _where(running: list[str], model: nn.Module) -> str:
-    return running[-1] if running else type(model).__name__
+def _innermost(model: nn.Module, error: BaseException) -> str | None:
+    """The innermost module of the model whose method raised the error or let it pass."""
+    names = {id(module): f"{name} ({type(module).__name__})" for name, module in model.named_modules()}
+    names[id(model)] = type(model).__name__
+    passed = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return next((names[id(each)] for each in reversed(passed) if id(each) in names), None)
 
 
 def first_line(error: BaseException) -> str:

@@ -1,27 +1,31 @@
-"""Command line: `altermoma fit | validate | test | report | compare`."""
+"""Command line: `altermoma fit | validate | test | report | export | compare`."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
-import pickle
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import altermoma_pl.figures as figures
 from altermoma_pl.callback import AlterMOMACallback
-from altermoma_pl.callback.state import PruningState
+from altermoma_pl.checkpoints import load_pruning_states
+from altermoma_pl.exporting import SUFFIXES, export
 from altermoma_pl.report import SparsityReport
 
 _DESCRIPTION = (
     "Train and prune a fusion model. `altermoma report CHECKPOINT` shows what a checkpoint of a pruned "
-    "model keeps, per layer and per modality (see `altermoma report --help`). `altermoma compare` compares "
+    "model keeps, per layer and per modality (see `altermoma report --help`). `altermoma export` writes a "
+    "smaller model (see `altermoma export --help`). `altermoma compare` compares "
     "criteria on a benchmark (see `altermoma compare --help`)."
+)
+_EXPORT = (
+    "Remove the pruned channels of a checkpoint's model and write it, as a checkpoint that Lightning resumes "
+    "from (see altermoma_pl.Slimmed), for torch.export or ONNX, with what it costs to run."
 )
 _COMPARE = (
     "Compare criteria on a benchmark: methods x sparsities x seeds, from the same dense models. Start it "
@@ -66,58 +70,13 @@ def main(args: list[str] | None = None) -> None:
         return
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    if arguments[:1] == ["export"]:
+        _export(arguments[1:])
+        return
     if arguments[:1] == ["compare"]:
         _compare(arguments[1:])
         return
     AlterMOMACLI(args=args)
-
-
-def load_pruning_states(path: str, trust: bool = False) -> dict[str, PruningState]:
-    """The callbacks' states in a Lightning checkpoint, checked against the checkpoint's weights.
-
-    Args:
-        path: The checkpoint.
-        trust: Load objects other than tensors and builtins too, which can run code.
-
-    Returns:
-        Name of the callback, "" if it has none -> its state.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged, holds no pruning state, other objects than tensors and builtins, or
-            weights that are not zero where its masks say so.
-    """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=not trust)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} is no checkpoint of tensors and builtins only; if you trust its origin, use --trust"
-        ) from error
-    except FileNotFoundError:
-        raise
-    except (EOFError, OSError, RuntimeError) as error:
-        raise ValueError(f"{path} is no checkpoint, or only a part of one: {error!r}") from error
-    callbacks = checkpoint.get("callbacks", {}) if isinstance(checkpoint, dict) else {}
-    found = {key: value for key, value in callbacks.items() if key.startswith(AlterMOMACallback.__name__)}
-    if not found:
-        raise ValueError(
-            f"{path} has no state of {AlterMOMACallback.__name__}: give a checkpoint that a Trainer with "
-            f"this callback saved (this one has the callbacks {list(callbacks)})"
-        )
-    states = {}
-    for key, value in found.items():
-        state = PruningState.from_state_dict(value)
-        for name, mask in (state.masks or {}).items():
-            weight = checkpoint["state_dict"].get(name)
-            if weight is not None and weight[~mask].count_nonzero():
-                raise ValueError(f"{path}: {name!r} is not zero where its mask prunes it")
-        states[key.partition("[")[2].removesuffix("]")] = state
-    return states
-
-
-def load_pruning_state(path: str, trust: bool = False) -> PruningState:
-    """The first of `load_pruning_states`, in most runs the only one."""
-    return next(iter(load_pruning_states(path, trust).values()))
 
 
 def _compare(arguments: list[str]) -> None:
@@ -137,6 +96,29 @@ def _compare(arguments: list[str]) -> None:
         compare(**options)
     except (RuntimeError, ValueError) as error:  # no usage: what was asked for is well formed
         parser.exit(1, f"altermoma compare: error: {error}\n")
+
+
+def _export(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser("altermoma export", description=_EXPORT)
+    parser.add_argument("checkpoint", help="saved by a Trainer with AlterMOMACallback")
+    parser.add_argument("--config", required=True, metavar="YAML", help="with `model:` and, for inputs, `data:`")
+    parser.add_argument("--format", choices=tuple(SUFFIXES), default="checkpoint")
+    parser.add_argument("--output", metavar="FILE", help="default: the checkpoint's name with another ending")
+    parser.add_argument("--recalibrate", type=int, default=0, metavar="N", help="batch norms, on N training batches")
+    parser.add_argument("--validate", action="store_true", help="validate the masked and the slim model")
+    parser.add_argument("--opset", type=int, help="of ONNX")
+    parser.add_argument("--repeats", type=int, default=20, help="of each latency; 0: measure no costs")
+    parser.add_argument("--trust", action="store_true", help="load a checkpoint that holds other objects")
+    options = parser.parse_args(arguments)
+    try:
+        exported = export(**vars(options))
+    except (ModuleNotFoundError, OSError, ValueError) as error:
+        parser.exit(1, f"altermoma export: error: {error}\n")
+    if exported.costs is not None:
+        sys.stdout.write(exported.costs.to_text() + "\n")
+    for note in exported.notes:
+        sys.stdout.write(note + "\n")
+    sys.stdout.write(f"Written: {exported.path}\n")
 
 
 def _report(arguments: list[str]) -> None:

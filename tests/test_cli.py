@@ -14,7 +14,8 @@ import torch
 import yaml
 
 from altermoma_pl import figures
-from altermoma_pl.cli import load_pruning_state, main
+from altermoma_pl.checkpoints import load_pruning_state
+from altermoma_pl.cli import main
 from tests.lightning_models import NUM_WEIGHTS, Fusion, num_zeros
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed from")  # by Lightning, on resume

@@ -12,6 +12,7 @@ LAYERS = [  # lowest first; a file of a folder that is not named belongs to its 
     {"options", "distributed"},
     {"modality", "masks", "schedules", "metrics"},
     {"contexts", "radix"},
+    {"export"},
     {"selection"},
     {"sparsity"},
     {"patterns"},
@@ -31,10 +32,12 @@ LAYERS = [  # lowest first; a file of a folder that is not named belongs to its 
     {"compare.runner"},
     {"compare"},
     {""},  # altermoma_pl itself
+    {"checkpoints"},
+    {"exporting"},
     {"cli"},
 ]
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
-MAY_IMPORT_LIGHTNING = {"callback", "cli"}
+MAY_IMPORT_LIGHTNING = {"callback", "exporting", "cli"}
 
 
 def imported(path):

@@ -32,7 +32,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from altermoma_pl import AlterMOMACallback, Linear, Magnitude, Masks, OneShot, Rewinding
 from altermoma_pl.callback.state import PruningState
-from altermoma_pl.cli import load_pruning_states, main
+from altermoma_pl.checkpoints import load_pruning_states
+from altermoma_pl.cli import main
 from tests.lightning_models import (
     MODALITIES,
     Fusion,

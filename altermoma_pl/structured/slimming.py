@@ -28,6 +28,7 @@ class Slim:
         resizing: Which positions of which tensors stayed, also for an optimizer's state.
         attributes: Module path -> attributes that differ from the dense model's, such as `groups`.
         difference: Largest difference between its outputs and those of the masked model, relative.
+        widths: Group of channels -> (how many stay, of how many).
         still_masked: Layer -> why channels that masks prune are still there, as zeros.
     """
 
@@ -35,6 +36,7 @@ class Slim:
     resizing: Resizing
     attributes: Attributes
     difference: float
+    widths: Mapping[str, tuple[int, int]]
     still_masked: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -93,7 +93,7 @@ class LiftSplat(nn.Module):
 
     def splat(self, depth: Tensor, context: Tensor, lidar_to_image: Tensor) -> Tensor:
         """Sum depth * context over the pixels and depths that fall in a cell: (B, C, nx, ny)."""
-        batch, (nx, ny) = len(depth), self.grid.shape
+        batch, (nx, ny) = depth.shape[0], self.grid.shape
         cells = self.cells(lidar_to_image)
         with torch.autocast(depth.device.type, enabled=False):  # half precision sums lose mass
             depth, context = depth.float(), context.float()
@@ -119,17 +119,17 @@ class LiftSplat(nn.Module):
         Returns:
             (B, D, w, C) and the cells, (B*D*w,).
         """
-        dump = len(depth) * self.grid.shape[0] * self.grid.shape[1]
+        dump = depth.shape[0] * self.grid.shape[0] * self.grid.shape[1]
         rows = (depth * (cells < dump)).permute(0, 3, 1, 2)  # (B, w, D, h)
         lifted = rows @ context.permute(0, 3, 2, 1)  # (B, w, D, C)
         return lifted.transpose(1, 2), cells.amin(dim=2).flatten()
 
     def cells(self, lidar_to_image: Tensor) -> Tensor:
         """Flat cell index over (B, nx, ny) of every frustum point, (B*D*h*w,)."""
-        batch, (nx, ny) = len(lidar_to_image), self.grid.shape
+        batch, (nx, ny) = lidar_to_image.shape[0], self.grid.shape
         a, b = lidar_to_image[:, :, :3], lidar_to_image[:, :, 3:]
         # d * [u, v, 1] = a x + b  =>  x = a^-1 (d * [u, v, 1] - b)
-        points = torch.linalg.inv(a) @ (self.frustum - b)  # (B, 3, D*h*w)
+        points = inverse(a) @ (self.frustum - b)  # (B, 3, D*h*w)
         frame = torch.arange(batch, device=points.device)[:, None]
         ground = to_cells(points[:, :2].transpose(1, 2), self.grid)  # (B, D*h*w, 2)
         index, inside = flat_index(ground, frame, self.grid.shape)
@@ -158,6 +158,18 @@ class LiftSplat(nn.Module):
 def lift_stride(size: ModelSize) -> int:
     """Image pixels per pixel of the features that are lifted."""
     return STEM_STRIDE * math.prod(size.camera_strides[:2])
+
+
+def inverse(a: Tensor) -> Tensor:
+    """Inverses of regular matrices, (B, 3, 3), by cross products: `torch.linalg.inv` has no ONNX operator."""
+    first, second, third = a.unbind(dim=1)  # rows, (B, 3) each
+    columns = [
+        torch.linalg.cross(second, third),
+        torch.linalg.cross(third, first),
+        torch.linalg.cross(first, second),
+    ]
+    determinant = (first * columns[0]).sum(dim=1)  # (B,)
+    return torch.stack(columns, dim=2) / determinant[:, None, None]
 
 
 def image_frustum(image_size: tuple[int, int], bins: int, step: float, stride: int = 8) -> Tensor:

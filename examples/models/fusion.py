@@ -114,7 +114,7 @@ class FusionModel(nn.Module):
             features.append(lifted)
         if "lidar" in self.encoders:
             encoder = self.encoders["lidar"]
-            features.append(encoder(batch.points, batch.point_frame, len(batch.image)))
+            features.append(encoder(batch.points, batch.point_frame, batch.image.shape[0]))
         x = self.decoder(self.fuser(torch.cat(features, dim=1)))  # (B, decoder, nx, ny)
         return FusionOutput(self.heads["object"](x), self.heads["map"](x), depth)
 

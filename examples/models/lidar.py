@@ -15,7 +15,7 @@ class PointNorm(nn.BatchNorm1d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C) -> (N, C)."""
-        if self.training and len(x) < 2:  # no variance to speak of: BatchNorm1d would raise
+        if self.training and x.shape[0] < 2:  # no variance to speak of: BatchNorm1d would raise
             mean, variance = self.running_mean, self.running_var
             return functional.batch_norm(x, mean, variance, self.weight, self.bias, eps=self.eps)
         return super().forward(x)
@@ -49,19 +49,24 @@ class Pillars(nn.Module):
         nx, ny = self.shape
         cells = to_cells(points[:, :2], self.grid, self.per_cell)
         index, inside = flat_index(cells, point_frame, self.shape)
-        points, cells, index = points[inside], cells[inside], index[inside]
+        if self.training:  # the norm's statistics are over the points inside
+            points, cells, index = points[inside], cells[inside], index[inside]
+        else:  # nothing of a size that depends on data: such a model can be exported
+            points, cells = points.where(inside[:, None], 0), cells.where(inside[:, None], 0)
+            index = index.where(inside, batch * nx * ny)
         features = functional.relu(self.norm(self.linear(self.describe(points, cells, index, batch))))
-        pillars = features.new_zeros(batch * nx * ny, features.shape[1])
+        # One more pillar than the maps have: the dump for everything outside.
+        pillars = features.new_zeros(batch * nx * ny + 1, features.shape[1])
         # 0 is the minimum of a ReLU, so starting from zeros does not change the maximum.
-        pillars = pillars.scatter_reduce(0, index[:, None].expand_as(features), features, "amax")
+        pillars = pillars.scatter_reduce(0, index[:, None].expand_as(features), features, "amax")[:-1]
         # (B*nx*ny, C) -> (B, C, nx, ny), channels last in memory as it comes
         return pillars.view(batch, nx, ny, features.shape[1]).permute(0, 3, 1, 2)
 
     def describe(self, points: Tensor, cells: Tensor, index: Tensor, batch: int) -> Tensor:
-        """Features of the points inside the grid, (N, 9), each about [-1, 1]."""
+        """Features of the points, (N, 9), inside the grid each about [-1, 1]."""
         nx, ny = self.shape
         ones = torch.ones_like(points[:, :1])
-        sums = points.new_zeros(batch * nx * ny, 4).index_add(
+        sums = points.new_zeros(batch * nx * ny + 1, 4).index_add(
             0, index, torch.cat([points[:, :3], ones], dim=1)
         )[index]
         to_mean = points[:, :3] - sums[:, :3] / sums[:, 3:]

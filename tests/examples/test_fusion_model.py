@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from altermoma_pl.metrics import BEVIoU, CentreDistanceAP
 from examples.data.batch import Batch
 from examples.grid import BEVGrid
-from examples.models.camera import LiftSplat, image_frustum
+from examples.models.camera import LiftSplat, image_frustum, inverse
 from examples.models.evaluate import evaluate, evaluate_views, update_metrics
 from examples.models.fusion import SENSORS, FusionModel, FusionOutput
 from examples.models.heads import ObjectMaps, decode, encode_boxes
@@ -407,3 +407,46 @@ def test_the_tiny_model_is_mostly_branches_and_lifts_at_stride_4():
     assert weights["encoders"] > 0.8 * sum(weights.values())
     batch = random_batch()._replace(image=torch.zeros(2, 3, 48, 160, dtype=torch.uint8))
     assert model(batch).depth.shape == (2, 12, 12, 40)  # 1 to 12.8 m in steps of 1 m
+
+
+def test_inverse_is_that_of_linear_algebra():
+    generator = torch.Generator().manual_seed(0)
+    rotations = torch.linalg.qr(torch.randn(20, 3, 3, generator=generator)).Q
+    intrinsics = torch.tensor([[707.0, 0, 604], [0, 707, 180], [0, 0, 1]])  # as KITTI's, pixels
+    matrices = torch.cat([intrinsics @ rotations, projection()[None, :, :3]])
+    expected = torch.linalg.inv(matrices.double())
+    error = (inverse(matrices).double() - expected).abs().amax((1, 2)) / expected.abs().amax((1, 2))
+    assert error.max() < 1e-5
+
+
+def with_points_outside(batch):
+    outside = torch.tensor([[-5.0, 0, 0, 0.5], [40, 0, 0, 0.5], [3, 1e30, 0, 0.5], [float("nan")] * 4])
+    return batch._replace(
+        points=torch.cat([outside, batch.points]),
+        point_frame=torch.cat([torch.tensor([0, 1, 0, 1]), batch.point_frame]),
+    )
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_points_outside_change_neither_maps_nor_gradients_nor_statistics(training):
+    outputs, gradients, statistics = [], [], []
+    for batch in (random_batch(), with_points_outside(random_batch())):
+        model = fusion(("lidar",)).train(training)
+        output = model(batch)
+        output.map_logits.square().sum().backward()
+        outputs.append(output.map_logits)
+        gradients.append([parameter.grad for parameter in model.encoders.parameters()])
+        statistics.append(model.encoders["lidar"].pillars.norm.running_mean)
+    assert_close(outputs[0], outputs[1])
+    assert_close(gradients[0], gradients[1])
+    assert_close(statistics[0], statistics[1])
+
+
+def test_training_and_eval_give_the_same_pillars_where_the_norm_is_the_same():
+    pillars = fusion(("lidar",)).encoders["lidar"].pillars
+    batch = with_points_outside(random_batch())
+    pillars.norm.eval()
+    in_training = pillars(batch.points, batch.point_frame, 2)
+    in_eval = pillars.eval()(batch.points, batch.point_frame, 2)
+    assert in_eval.count_nonzero() > 100
+    assert_close(in_training, in_eval)

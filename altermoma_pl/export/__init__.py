@@ -1,0 +1,9 @@
+"""A model of several inputs as a file of torch.export or ONNX.
+
+The model is traced in eval mode and left as it was, bit for bit, also after an exception.
+"""
+
+from altermoma_pl.export.files import check_onnx, to_onnx, to_torch_export
+from altermoma_pl.export.tensors import example_tensors
+
+__all__ = ["check_onnx", "example_tensors", "to_onnx", "to_torch_export"]

@@ -1,0 +1,173 @@
+"""A model as a file of torch.export or ONNX, and the proof that ONNX gives the same.
+
+onnx, onnxscript and onnxruntime are imported where they are used (extra `export`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from altermoma_pl.contexts import restored
+from altermoma_pl.export.tensors import example_tensors, map_inputs, output_tensors, shapes_of
+from altermoma_pl.export.tracing import first_line, quiet, trace
+
+
+def to_torch_export(model: nn.Module, example_inputs: Any, path: str | Path, dynamic: bool = True) -> Path:
+    """Write the model as a program of `torch.export`.
+
+    `torch.export.load(path).module()(image=..., points=...)` takes the tensors by the names of
+    `example_tensors` and gives a dictionary of the outputs.
+
+    Args:
+        model: The model.
+        example_inputs: As `example_tensors` takes them. What no output depends on is left out.
+        path: The file, usually `.pt2`; its folder is made.
+        dynamic: Whether the first dimension of each input may vary. Then the example needs at least two
+            of everything.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: The model does not accept the example, or cannot be traced; the message says where.
+    """
+    path = _ready(path)
+    with restored(model), quiet():
+        program, _, _ = trace(model, example_inputs, dynamic)
+        torch.export.save(program, path)
+    return path
+
+
+def to_onnx(
+    model: nn.Module, example_inputs: Any, path: str | Path, opset: int | None = None, dynamic: bool = True
+) -> Path:
+    """Write the model as ONNX.
+
+    Inputs have the names of `example_tensors`; outputs those of fields, keys and positions, joined by
+    ".", or "output".
+
+    Args:
+        model: The model.
+        example_inputs: As `example_tensors` takes them. What no output depends on is left out.
+        path: The file, usually `.onnx`; its folder is made.
+        opset: Version of ONNX's operators; None for torch's default. From 18 on, the exporter has its own
+            operators; older versions are converted to, which works for simple models only.
+        dynamic: Whether the first dimension of each input may vary. Then the example needs at least two
+            of everything.
+
+    Returns:
+        The path.
+
+    Raises:
+        ModuleNotFoundError: The extra `export` is not installed.
+        ValueError: The model does not accept the example, cannot be traced, has no counterpart in ONNX or
+            not in this opset; the message says where.
+    """
+    _require("onnx", "onnxscript")
+    path = _ready(path)
+    with restored(model), quiet():
+        program, inputs, outputs = trace(model, example_inputs, dynamic)
+        try:
+            converted = torch.onnx.export(
+                program,
+                input_names=inputs,
+                output_names=outputs,
+                opset_version=opset,
+                dynamo=True,
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            raise ValueError(f"{type(model).__name__} has no ONNX: {_missing_operator(error)}") from error
+        assert converted is not None  # noqa: S101  (it is with dynamo=True; for mypy)
+        reached = converted.model.opset_imports[""]
+        if opset not in (None, reached):
+            raise ValueError(
+                f"opset {opset} cannot be had for {type(model).__name__}, only {reached}: give 18 or more, "
+                "as far as onnx knows it, or None"
+            )
+        converted.save(path)
+    return path
+
+
+def check_onnx(path: str | Path, model: nn.Module, inputs: Any, tolerance: float = 1e-4) -> float:
+    """Compare the outputs of an ONNX file, by onnxruntime on the CPU, with those of the model in eval mode.
+
+    Args:
+        path: The file, of `to_onnx`.
+        model: The model, on the CPU.
+        inputs: As `example_tensors` takes them, of any size that the file allows.
+        tolerance: Largest difference allowed, relative to the largest absolute value of an output.
+
+    Returns:
+        The largest relative difference of all outputs.
+
+    Raises:
+        ModuleNotFoundError: The extra `export` is not installed.
+        ValueError: The file is not of this model, does not accept the inputs, or an output differs.
+    """
+    _require("onnxruntime")
+    import onnxruntime
+
+    with restored(model), torch.no_grad():
+        expected = output_tensors(model.eval()(*map_inputs(model, inputs, lambda _, tensor: tensor)))
+    tensors = example_tensors(model, inputs)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    wanted = [each.name for each in session.get_inputs()]
+    names = [each.name for each in session.get_outputs()]
+    if not set(wanted) <= set(tensors) or set(names) != set(expected):
+        raise ValueError(
+            f"{path} takes {wanted} and gives {names}, but {type(model).__name__} takes {list(tensors)} and "
+            f"gives {list(expected)}: give the model that was exported"
+        )
+    try:
+        found = session.run(names, {name: tensors[name].detach().numpy() for name in wanted})
+    except Exception as error:  # onnxruntime has a class of its own for each kind
+        raise ValueError(f"{path} does not accept the inputs {shapes_of(tensors)}: {error}") from error
+    differences = {
+        name: _difference(torch.from_numpy(value), expected[name])
+        for name, value in zip(names, found, strict=True)
+    }
+    for name, difference in differences.items():
+        if not difference <= tolerance:  # NaN, too
+            raise ValueError(
+                f"output {name!r} of {path} differs by {difference:.2g} of its scale from that of "
+                f"{type(model).__name__}; {tolerance:g} is allowed"
+            )
+    return max(differences.values())
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """Largest absolute difference over the scale of `expected`; infinite if shapes differ."""
+    if found.shape != expected.shape:
+        return float("inf")
+    if not expected.numel():
+        return 0.0
+    found, expected = found.double(), expected.double()
+    apart = (found - expected).abs().masked_fill(found == expected, 0)  # infinity minus itself is NaN
+    scale = expected.abs()[expected.isfinite()].max().item() if expected.isfinite().any() else 0.0
+    return float(apart.max().item() / (scale or 1.0))
+
+
+def _missing_operator(error: Exception) -> str:
+    found = re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'", str(error))
+    return f"there is no operator for {found[1]}" if found else first_line(error)
+
+
+def _ready(path: str | Path) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _require(*modules: str) -> None:
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(
+            f"{' and '.join(missing)} not found: pip install altermoma-pl[export]", name=missing[0]
+        )

@@ -1,6 +1,6 @@
 """Fusion redundancy pruning for multi-sensor models trained with PyTorch Lightning."""
 
-from altermoma_pl.callback import AlterMOMACallback
+from altermoma_pl.callback import AlterMOMACallback, Slimmed
 from altermoma_pl.contexts import deactivated, restored
 from altermoma_pl.criteria import (
     SNIP,
@@ -47,6 +47,7 @@ __all__ = [
     "Random",
     "Rewinding",
     "Schedule",
+    "Slimmed",
     "SparsityReport",
     "SynFlow",
     "Taylor",

@@ -101,10 +101,14 @@ def _compare(arguments: list[str]) -> None:
 def _export(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser("altermoma export", description=_EXPORT)
     parser.add_argument("checkpoint", help="saved by a Trainer with AlterMOMACallback")
-    parser.add_argument("--config", required=True, metavar="YAML", help="with `model:` and, for inputs, `data:`")
+    parser.add_argument(
+        "--config", required=True, metavar="YAML", help="with `model:` and, for inputs, `data:`"
+    )
     parser.add_argument("--format", choices=tuple(SUFFIXES), default="checkpoint")
     parser.add_argument("--output", metavar="FILE", help="default: the checkpoint's name with another ending")
-    parser.add_argument("--recalibrate", type=int, default=0, metavar="N", help="batch norms, on N training batches")
+    parser.add_argument(
+        "--recalibrate", type=int, default=0, metavar="N", help="batch norms, on N training batches"
+    )
     parser.add_argument("--validate", action="store_true", help="validate the masked and the slim model")
     parser.add_argument("--opset", type=int, help="of ONNX")
     parser.add_argument("--repeats", type=int, default=20, help="of each latency; 0: measure no costs")

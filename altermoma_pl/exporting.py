@@ -44,7 +44,7 @@ class Exported:
 def export(
     checkpoint: str,
     config: str,
-    format: Format = "checkpoint",  # noqa: A002 (the name of the flag)
+    format: Format = "checkpoint",
     output: str | None = None,
     recalibrate: int = 0,
     validate: bool = False,
@@ -180,7 +180,9 @@ def _slim(
             "the masks are of single weights: there are no channels to remove, and the checkpoint itself loads "
             "into the plain model; prune with the granularity 'channel'"
         )
-    notes.append("The masks are of single weights: zeros in dense tensors take as much time as other numbers.")
+    notes.append(
+        "The masks are of single weights: zeros in dense tensors take as much time as other numbers."
+    )
     return None
 
 

@@ -1,5 +1,6 @@
-"""The Lightning callback: decides when to score and mask, and keeps zeros zero."""
+"""The Lightning callbacks: one scores, masks and keeps zeros zero; one trains on without them."""
 
 from altermoma_pl.callback.callback import AlterMOMACallback
+from altermoma_pl.callback.slimmed import Slimmed
 
-__all__ = ["AlterMOMACallback"]
+__all__ = ["AlterMOMACallback", "Slimmed"]

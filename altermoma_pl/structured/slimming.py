@@ -96,7 +96,12 @@ def slim(
     for module, training in modes:
         module.training = training
     return Slim(
-        smaller, resizing, changed_attributes(before, smaller), gap, _still_masked(masks, resizing, channels)
+        smaller,
+        resizing,
+        changed_attributes(before, smaller),
+        gap,
+        {name: (int(flags.sum()), len(flags)) for name, flags in kept.items()},
+        _still_masked(masks, resizing, channels),
     )
 
 

@@ -92,7 +92,7 @@ def export(
     costs = None
     if repeats:
         models = {"dense": dense.eval(), "masked": module} | ({"slim": model} if slimmed else {})
-        costs = measure(models, {_batch_size(inputs): inputs}, repeats=repeats, metrics=metrics)
+        costs = measure(models, {_batch_size(module, inputs): inputs}, repeats=repeats, metrics=metrics)
     path = Path(output) if output else Path(checkpoint).with_suffix(SUFFIXES[format])
     path.parent.mkdir(parents=True, exist_ok=True)
     if format == "checkpoint":
@@ -165,8 +165,8 @@ def _example_inputs(module: LightningModule, data: LightningDataModule | None) -
     return tuple(array) if isinstance(array, (tuple, list)) else (array,)
 
 
-def _batch_size(inputs: tuple[Any, ...]) -> int:
-    return len(next(iter(example_tensors(inputs).values())))
+def _batch_size(module: nn.Module, inputs: tuple[Any, ...]) -> int:
+    return len(next(iter(example_tensors(module, inputs).values())))
 
 
 def _slim(
@@ -177,8 +177,8 @@ def _slim(
         return slim(module, masks, inputs)
     if target == "checkpoint":
         raise ValueError(
-            "the masks are of single weights: there are no channels to remove, and the checkpoint itself loads "
-            "into the plain model; prune with the granularity 'channel'"
+            "the masks are of single weights: there are no channels to remove, and the checkpoint itself "
+            "loads into the plain model; prune with the granularity 'channel'"
         )
     notes.append(
         "The masks are of single weights: zeros in dense tensors take as much time as other numbers."

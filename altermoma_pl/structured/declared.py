@@ -8,11 +8,15 @@ import torch
 from torch import nn
 
 from altermoma_pl.structured.groups import ChannelGroup, Slice
-from altermoma_pl.structured.layouts import Names, tensors_of_port
+from altermoma_pl.structured.layouts import Names, is_depthwise, tensors_of_port
 from altermoma_pl.structured.tracing import PRODUCERS, Port
 
 Declared = Mapping[str, Mapping[str, str]]
-"""Group name -> module path -> "out", "in", or "in:16" where the channels begin at input 16."""
+"""Group name -> module path -> "out", "in", or "in:16" where the channels begin at input 16.
+
+Depthwise convolutions, norms and embeddings are "out". What cannot be declared: other grouped convolutions,
+attention heads, and layers that read several inputs of each channel, as after flattening.
+"""
 
 
 def declared_groups(model: nn.Module, declared: Declared) -> list[ChannelGroup]:
@@ -53,7 +57,9 @@ def _group(model: nn.Module, names: Names, name: str, sides: Mapping[str, str]) 
                     f"{producers[0]!r} puts out {width}, beginning at {offset}"
                 )
             slices.append(Slice(names.tensor(tensor), dim, torch.arange(offset, offset + width)[:, None]))
-    return ChannelGroup(name, width, tuple(slices), tuple(names.tensor(w) for w in weights.values()))
+    attributes = tuple((path, "groups") for path in parsed if is_depthwise(modules[path]))
+    producers = tuple(names.tensor(weight) for weight in weights.values())
+    return ChannelGroup(name, width, tuple(slices), producers, attributes)
 
 
 def _parse(name: str, path: str, side: str) -> tuple[str, int]:

@@ -14,7 +14,7 @@ from altermoma_pl.structured.declared import Declared, declared_groups
 from altermoma_pl.structured.groups import ChannelGroup, Channels
 from altermoma_pl.structured.layouts import Names, group_of_layout, layouts
 from altermoma_pl.structured.tracing import PRODUCERS, Coupling, Forward, trace
-from altermoma_pl.structured.trial import TOLERANCE, difference, half, outputs_of, why_not
+from altermoma_pl.structured.trial import TOLERANCE, difference, enliven_, half, outputs_of, why_not
 
 
 def find_channels(
@@ -29,7 +29,8 @@ def find_channels(
     Couplings come from the backward graph of `forward(model)`. Of each group a random half of the channels
     is removed on trial: only where the outputs are those of the masked model, the group is taken. So the
     last layers, whose width is what the task asks for, are left out by themselves, and so is whatever the
-    graph reads wrongly; `excluded` of the result says why. The model is left as it was, bit for bit.
+    graph reads wrongly; `excluded` of the result says why. Meanwhile parameters that are zero are not, as
+    nothing could be told behind them. The model is left as it was, bit for bit.
 
     Args:
         model: Runs in the mode it is in; anything random must draw from torch's generators.
@@ -45,18 +46,22 @@ def find_channels(
             declared group is wrong, or no channel can be removed.
     """
     allowed = set(prunable_weights(model, prunable))
-    with restored(model) as reset:
-        search = _Search(model, forward, reset, Names(model), torch.Generator().manual_seed(seed), allowed)
-        search.check_repeatable()
-        search.take_declared(declared or {})
-        search.take_traced()
-        search.check_together()
+    generator = torch.Generator().manual_seed(seed)
+    with restored(model):
+        enliven_(model, generator)
+        with restored(model) as reset:
+            search = _Search(model, forward, reset, Names(model), generator, allowed)
+            search.check_repeatable()
+            search.take_declared(declared or {})
+            search.take_traced()
+            search.check_together()
     order = {name: i for i, name in enumerate(search.names.parameters.values())}
     groups = sorted(search.found, key=lambda group: order[group.producers[0]])
     return Channels(tuple(groups), search.excluded)
 
 
 _UNREACHED = "the graph of gradients does not reach it: declare its group by hand"
+_ATTENTION = "nn.MultiheadAttention ties its width to the number of its heads"
 
 
 @dataclass
@@ -102,6 +107,7 @@ class _Search:
 
     def take_traced(self) -> None:
         """Groups of the graph, those that pass."""
+        couplings, unreached = [], _UNREACHED
         try:
             couplings = trace(self.model, self.forward)
         except ModuleNotFoundError:
@@ -112,16 +118,15 @@ class _Search:
                     f"the channels of {self.kind} cannot be followed: {error}; declare groups by hand, or "
                     f"prune single weights (granularity: weight)"
                 ) from error
-            couplings = []
+            unreached = f"the channels cannot be followed: {error}"
         self.reset()
         for coupling in couplings:
             result = self._forbidden(coupling) or self._proved(coupling)
             if isinstance(result, ChannelGroup):
                 self.found.append(result)
             else:
-                self.excluded[self._name(coupling)] = result
-        seen = {port.module for coupling in couplings for port in coupling.ports}
-        self._exclude_unreached(seen)
+                self._exclude(coupling, result)
+        self._exclude_unreached(unreached)
 
     def check_together(self) -> None:
         """All groups at once, since each by itself passed."""
@@ -144,9 +149,12 @@ class _Search:
         """Why the user does not want these channels pruned, or torch does not let them."""
         for port in coupling.ports:
             if isinstance(port.module, nn.MultiheadAttention):
-                return "nn.MultiheadAttention ties its width to the number of its heads"
+                return _ATTENTION
             if port.side == "out" and isinstance(port.module, PRODUCERS):
-                name = self.names.tensor(port.module.weight)
+                try:
+                    name = self.names.tensor(port.module.weight)
+                except ValueError as error:
+                    return str(error)
                 if not port.module.weight.requires_grad:
                     return f"{name!r} is frozen"
                 if name not in self.allowed:
@@ -174,15 +182,20 @@ class _Search:
         taken = {position for other in self.found for position in other.positions()}
         return not taken.isdisjoint(group.positions())
 
-    def _name(self, coupling: Coupling) -> str:
-        ports = (port.module for port in coupling.ports)
-        return next(str(self.names.modules[module]) for module in ports if isinstance(module, PRODUCERS))
-
-    def _exclude_unreached(self, seen: Collection[object]) -> None:
-        """Layers that no coupling has, for example since their output is detached."""
+    def _left(self) -> dict[nn.Module, str]:
+        """Layers that put channels out which no group has so far, and their paths."""
         known = {name for group in self.found for name in group.producers}
-        for module, path in self.names.modules.items():
-            if isinstance(module, PRODUCERS) and module not in seen:
-                name = self.names.tensor(module.weight)
-                if name in self.allowed and name not in known:
-                    self.excluded[path] = _UNREACHED
+        layers = {m: path for m, path in self.names.modules.items() if isinstance(m, PRODUCERS)}
+        return {m: p for m, p in layers.items() if self.names.parameters.get(id(m.weight)) not in known}
+
+    def _exclude(self, coupling: Coupling, reason: str) -> None:
+        left = self._left()
+        ports = [port for port in coupling.ports if port.side == "out" and port.module in left]
+        self.excluded |= {left[port.module]: reason for port in ports}
+
+    def _exclude_unreached(self, reason: str) -> None:
+        """Layers whose outputs no coupling has, for example since they are detached."""
+        for module, path in self._left().items():
+            if path not in self.excluded and self.names.parameters.get(id(module.weight)) in self.allowed:
+                parent = self.names.model.get_submodule(path.rpartition(".")[0])
+                self.excluded[path] = _ATTENTION if isinstance(parent, nn.MultiheadAttention) else reason

@@ -111,6 +111,8 @@ class Channels(Mapping[str, ChannelGroup]):
     def kept(self, masks: Mapping[str, Tensor]) -> Kept:
         """Which channels stay: all but those that every one of their masked slices prunes.
 
+        Where none of its slices is masked, a group stays as it is.
+
         Args:
             masks: Parameter name -> booleans, or the parameters themselves, of which zeros count as pruned.
         """
@@ -129,11 +131,11 @@ def owners(channels: Channels, group_of: Mapping[str, str]) -> dict[str, str]:
 
 
 def _alive(group: ChannelGroup, masks: Mapping[str, Tensor]) -> Tensor:
-    alive = torch.zeros(group.num_channels, dtype=torch.bool)
-    for each in group.slices:
-        if each.name in masks:
-            alive |= reduce_channels(masks[each.name] != 0, each).cpu() > 0
-    return alive
+    masked = [each for each in group.slices if each.name in masks]
+    if not masked:
+        return torch.ones(group.num_channels, dtype=torch.bool)
+    alive = [reduce_channels(masks[each.name] != 0, each).cpu() > 0 for each in masked]
+    return torch.stack(alive).any(0)
 
 
 def reduce_channels(tensor: Tensor, where: Slice) -> Tensor:

@@ -35,15 +35,22 @@ class Names:
         self.model = model
 
     def tensor(self, tensor: Tensor) -> str:
-        """Of a parameter or buffer."""
-        return self.parameters.get(id(tensor)) or self.buffers[id(tensor)]
+        """Of a parameter or buffer.
+
+        Raises:
+            ValueError: If it is none.
+        """
+        name = self.parameters.get(id(tensor)) or self.buffers.get(id(tensor))
+        if name is None:
+            raise ValueError("a weight is computed from other parameters, as weight norm does")
+        return name
 
 
 def layouts(coupling: Coupling, names: Names) -> Iterator[Layout]:
     """Candidates, the finest first."""
     width = coupling.width
     modules = dict.fromkeys(p.module for p in coupling.ports if isinstance(p.module, _CONVS))
-    depthwise = tuple((names.modules[module], "groups") for module in modules if _is_depthwise(module))
+    depthwise = tuple((names.modules[module], "groups") for module in modules if is_depthwise(module))
     grouped = {module.groups for module in modules if _is_grouped(module)}
     if not grouped:
         yield Layout(1, width, 1, depthwise)
@@ -63,22 +70,26 @@ def group_of_layout(coupling: Coupling, layout: Layout, names: Names) -> Channel
     """
     shape = (layout.outer, layout.num_channels, layout.inner)
     number = torch.arange(layout.num_channels)[None, :, None].expand(shape).flatten()  # root -> its channel
-    slices, producers = [], []
+    slices: dict[tuple[str, int], Slice] = {}
+    producers = []
     for port in coupling.ports:
         for tensor, dim in tensors_of_port(port, names):
             positions = _positions(port, tensor.shape[dim])
             channel = number[torch.tensor(port.roots)]
             name = names.tensor(tensor)
-            slices.append(Slice(name, dim, _index(name, positions, channel, layout.num_channels)))
+            index = _index(name, positions, channel, layout.num_channels)
+            known = slices.setdefault((name, dim), Slice(name, dim, index))
+            if not torch.equal(known.index, index):
+                raise ValueError(f"{name!r} is used in two places that order its channels differently")
         if port.side == "out" and isinstance(port.module, PRODUCERS):
             producers.append(names.tensor(port.module.weight))
     order = {name: i for i, name in enumerate([*names.parameters.values(), *names.buffers.values()])}
-    slices.sort(key=lambda each: order[each.name])
+    ordered = sorted(slices.values(), key=lambda each: order[each.name])
     producers.sort(key=order.__getitem__)
     return ChannelGroup(
         producers[0].rpartition(".")[0] or producers[0],
         layout.num_channels,
-        tuple(slices),
+        tuple(ordered),
         tuple(dict.fromkeys(producers)),
         layout.attributes,
     )
@@ -111,8 +122,8 @@ def tensors_of_port(port: Port, names: Names) -> Iterator[tuple[Tensor, int]]:
             yield module, long[-1]
     elif isinstance(module, PRODUCERS):
         transposed = isinstance(module, _TRANSPOSED)
-        yield module.weight, int(transposed == out) if not _is_depthwise(module) else 0
-        if module.bias is not None and (out or _is_depthwise(module)):
+        yield module.weight, int(transposed == out) if not is_depthwise(module) else 0
+        if module.bias is not None and (out or is_depthwise(module)):
             yield module.bias, 0
     elif isinstance(module, nn.Embedding):
         yield module.weight, 1
@@ -124,12 +135,13 @@ def tensors_of_port(port: Port, names: Names) -> Iterator[tuple[Tensor, int]]:
         raise ValueError(f"{path!r} is a {kind}, whose channels cannot be removed one by one")
 
 
-def _is_depthwise(module: object) -> bool:
+def is_depthwise(module: object) -> bool:
+    """Whether a convolution has one filter for each channel."""
     return isinstance(module, _CONVS) and 1 < module.groups == module.in_channels == module.out_channels
 
 
 def _is_grouped(module: object) -> bool:
-    return isinstance(module, _CONVS) and module.groups > 1 and not _is_depthwise(module)
+    return isinstance(module, _CONVS) and module.groups > 1 and not is_depthwise(module)
 
 
 def _heads(coupling: Coupling, names: Names) -> Iterator[tuple[str, str, int, int]]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from altermoma_pl.structured.resizing import Attributes, Resizing
+from altermoma_pl.structured.resizing import Attributes, Resizing, named_tensors
 
 FORMAT = 1
 KEY = "slim"
@@ -42,7 +42,7 @@ def reshape_like_(model: nn.Module, state: Mapping[str, Tensor], entry: Mapping[
         ValueError: If the entry is none, or the model is another one.
     """
     attributes = _checked(entry)
-    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    tensors = dict(named_tensors(model))
     saved = model.state_dict().keys()
     strange = sorted(set(state) ^ set(saved)) + [path for path in attributes if not _has(model, path)]
     strange += [name for name in saved if name in state and _is_other(tensors.get(name), state[name])]
@@ -51,7 +51,7 @@ def reshape_like_(model: nn.Module, state: Mapping[str, Tensor], entry: Mapping[
             f"the slim checkpoint is of another model than {type(model).__name__}: they differ in "
             f"{strange[:5]}; build the model as it was before it was slimmed"
         )
-    new: dict[int, nn.Parameter] = {}
+    new: dict[int, Tensor] = {}
     for name, like in state.items():
         old = tensors.get(name)
         if old is None or old.shape == like.shape:
@@ -59,8 +59,8 @@ def reshape_like_(model: nn.Module, state: Mapping[str, Tensor], entry: Mapping[
         owner, _, leaf = name.rpartition(".")
         smaller: Tensor = torch.empty(like.shape, dtype=old.dtype, device=old.device)
         if isinstance(old, nn.Parameter):
-            smaller = new.setdefault(id(old), nn.Parameter(smaller, old.requires_grad))
-        setattr(model.get_submodule(owner), leaf, smaller)
+            smaller = nn.Parameter(smaller, old.requires_grad)
+        setattr(model.get_submodule(owner), leaf, new.setdefault(id(old), smaller))
     for path, values in attributes.items():
         for attribute, value in values.items():
             setattr(model.get_submodule(path), attribute, value)

@@ -20,7 +20,8 @@ class Resizing:
     """Which positions of which tensors stay.
 
     Args:
-        positions: Tensor name -> dimension -> positions that stay, ascending.
+        positions: Tensor name -> dimension -> positions that stay, ascending. Of what has several names, as
+            tied parameters have, each.
         counts: (module path, attribute) -> (channels that stay, of how many).
     """
 
@@ -32,16 +33,17 @@ class Resizing:
         cls,
         channels: Channels | tuple[ChannelGroup, ...],
         kept: Mapping[str, Tensor],
-        sizes: Mapping[str, torch.Size],
+        model: nn.Module,
     ) -> Resizing:
-        """What stays of tensors with these sizes if these channels do.
+        """What stays of the tensors of a model if these channels do.
 
         Args:
             channels: The groups.
             kept: Group name -> (num_channels,) booleans.
-            sizes: Name -> size of each parameter and buffer.
+            model: Of the dense shapes.
         """
         groups = channels.groups if isinstance(channels, Channels) else channels
+        tensors = dict(named_tensors(model))
         stay: dict[str, dict[int, Tensor]] = {}
         counts = {}
         for group in groups:
@@ -49,16 +51,16 @@ class Resizing:
             if bool(flags.all()):
                 continue
             for each in group.slices:
-                whole = torch.ones(sizes[each.name][each.dim], dtype=torch.bool)
+                whole = torch.ones(tensors[each.name].shape[each.dim], dtype=torch.bool)
                 along = stay.setdefault(each.name, {}).setdefault(each.dim, whole)
                 along[each.index[~flags].flatten()] = False
             for attribute in group.attributes:
                 counts[attribute] = (int(flags.sum()), group.num_channels)
         positions = {
-            name: {dim: flags.nonzero().flatten() for dim, flags in dims.items()}
+            id(tensors[name]): {dim: flags.nonzero().flatten() for dim, flags in dims.items()}
             for name, dims in stay.items()
         }
-        return cls(positions, counts)
+        return cls({name: positions[id(t)] for name, t in tensors.items() if id(t) in positions}, counts)
 
     def resized(self, name: str, tensor: Tensor) -> Tensor:
         """The part of a tensor of this name that stays; itself if all does."""
@@ -70,23 +72,18 @@ class Resizing:
     def apply_(self, model: nn.Module) -> None:
         """Make the parameters and buffers of a model smaller, in place, as new objects.
 
-        Parameters that are tied stay tied. Whoever holds the old ones, such as an optimizer, is made anew.
+        Tensors that are shared stay so. Whoever holds the old ones, such as an optimizer, is made anew.
         """
-        new: dict[int, nn.Parameter] = {}
-        names = {id(p): name for name, p in model.named_parameters()}
-        for _, module in model.named_modules():
-            for leaf, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
-                name = names[id(parameter)]
-                if name not in self.positions:
-                    continue
-                if id(parameter) not in new:
-                    smaller = self.resized(name, parameter.detach()).contiguous()
-                    new[id(parameter)] = nn.Parameter(smaller, parameter.requires_grad)
-                setattr(module, leaf, new[id(parameter)])
-        for name, buffer in list(model.named_buffers()):
-            if name in self.positions:
-                owner, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(owner), leaf, self.resized(name, buffer).contiguous())
+        new: dict[int, Tensor] = {}
+        for name, old in list(named_tensors(model)):
+            if name not in self.positions:
+                continue
+            if id(old) not in new:
+                smaller = self.resized(name, old.detach()).contiguous()
+                trained = isinstance(old, nn.Parameter)
+                new[id(old)] = nn.Parameter(smaller, old.requires_grad) if trained else smaller
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, new[id(old)])
         for (path, attribute), (kept, total) in self.counts.items():
             module = model.get_submodule(path)
             setattr(module, attribute, getattr(module, attribute) * kept // total)
@@ -95,42 +92,57 @@ class Resizing:
                 setattr(model.get_submodule(path), attribute, value)
 
 
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers, under each of their names."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
 def widths_of(module: nn.Module) -> dict[str, Any]:
     """Attributes of a layer of torch that its weights determine, as they should be."""
     weight = getattr(module, "weight", None)
+    if weight is None:  # a norm without affine
+        weight = getattr(module, "running_mean", None)
     if not isinstance(weight, Tensor):
         return {}
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
         return {"in_channels": weight.shape[0], "out_channels": weight.shape[1] * module.groups}
     if isinstance(module, nn.modules.conv._ConvNd):
         return {"out_channels": weight.shape[0], "in_channels": weight.shape[1] * module.groups}
-    if isinstance(module, nn.Linear):
-        return {"out_features": weight.shape[0], "in_features": weight.shape[1]}
-    if isinstance(module, nn.modules.batchnorm._NormBase):
-        return {"num_features": weight.shape[0]}
-    if isinstance(module, nn.Embedding):
-        return {"embedding_dim": weight.shape[1]}
+    for kind, attributes in _SIZES.items():
+        if isinstance(module, kind):
+            return dict(zip(attributes, weight.shape, strict=True))
     if isinstance(module, nn.LayerNorm):
         return {"normalized_shape": tuple(weight.shape)}
-    if isinstance(module, nn.GroupNorm):
-        return {"num_channels": weight.shape[0]}
-    if isinstance(module, nn.PReLU):
-        return {"num_parameters": weight.numel()}
     return {}
 
 
-def changed_attributes(before: nn.Module, after: nn.Module) -> Attributes:
-    """Numbers, and tuples of them, that differ between two models with the same modules."""
-    old = dict(before.named_modules())
-    changed: Attributes = {}
-    for path, module in after.named_modules():
-        for name, value in _numbers(module):
-            if getattr(old[path], name, None) != value:
-                changed.setdefault(path, {})[name] = value
-    return changed
+_SIZES: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Linear: ("out_features", "in_features"),
+    nn.Embedding: ("num_embeddings", "embedding_dim"),
+    nn.modules.batchnorm._NormBase: ("num_features",),
+    nn.GroupNorm: ("num_channels",),
+    nn.PReLU: ("num_parameters",),
+}
+"""Layer -> attributes that are the sizes of its weight."""
 
 
-def _numbers(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    for name, value in vars(module).items():
-        if type(value) is int or (type(value) is tuple and all(type(each) is int for each in value)):
-            yield name, value
+def attributes_of(model: nn.Module) -> Attributes:
+    """Numbers, and tuples of them, that its modules hold."""
+    return {
+        path: {name: value for name, value in vars(module).items() if _is_number(value)}
+        for path, module in model.named_modules()
+    }
+
+
+def changed_attributes(before: Attributes, after: Attributes) -> Attributes:
+    """Those of `after` that differ."""
+    changed = {
+        path: {name: value for name, value in values.items() if before[path].get(name) != value}
+        for path, values in after.items()
+    }
+    return {path: values for path, values in changed.items() if values}
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int or (type(value) is tuple and all(type(each) is int for each in value))

@@ -15,8 +15,9 @@ from altermoma_pl.masks import Masks
 from altermoma_pl.structured.declared import Declared
 from altermoma_pl.structured.finding import find_channels
 from altermoma_pl.structured.groups import Channels
-from altermoma_pl.structured.resizing import Attributes, Resizing, changed_attributes
-from altermoma_pl.structured.trial import TOLERANCE, difference, outputs_of, sizes_of
+from altermoma_pl.structured.resizing import Attributes, Resizing, attributes_of, changed_attributes
+from altermoma_pl.structured.tracing import trainable
+from altermoma_pl.structured.trial import TOLERANCE, difference, outputs_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,13 +77,14 @@ def slim(
     def forward(module: nn.Module) -> Any:
         return module(*example_inputs)
 
-    channels = find_channels(smaller, forward, declared=declared)
+    with trainable(smaller):  # it may have been frozen after it was pruned
+        channels = find_channels(smaller, forward, declared=declared)
     kept = channels.kept({name: p.detach() for name, p in smaller.named_parameters()})
     _check_worthwhile(kept, channels, masks)
     with restored(smaller):
         masked = outputs_of(smaller, forward)
-    resizing = Resizing.of(channels, kept, sizes_of(smaller))
-    before = _copy(smaller)
+    resizing = Resizing.of(channels, kept, smaller)
+    before = attributes_of(smaller)
     resizing.apply_(smaller)
     with restored(smaller):
         gap = difference(masked, outputs_of(smaller, forward))
@@ -98,7 +100,7 @@ def slim(
     return Slim(
         smaller,
         resizing,
-        changed_attributes(before, smaller),
+        changed_attributes(before, attributes_of(smaller)),
         gap,
         {name: (int(flags.sum()), len(flags)) for name, flags in kept.items()},
         _still_masked(masks, resizing, channels),

@@ -65,7 +65,7 @@ def trace(model: nn.Module, forward: Forward) -> list[Coupling]:
         return outputs
 
     graph = torch_pruning.DependencyGraph()
-    with warnings.catch_warnings(), _trainable(model), torch.enable_grad():
+    with warnings.catch_warnings(), trainable(model), torch.enable_grad():
         warnings.simplefilter("ignore")
         graph.build_dependency(model, None, forward_fn=run, verbose=False)
         return list(_couplings(graph, model))
@@ -128,7 +128,7 @@ def tensors_of(value: Any) -> list[Tensor]:
 
 
 @contextmanager
-def _trainable(model: nn.Module) -> Iterator[None]:
+def trainable(model: nn.Module) -> Iterator[None]:
     """The graph is that of gradients, and frozen layers have none."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
     for parameter, _ in flags:

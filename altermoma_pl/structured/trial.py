@@ -8,17 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from altermoma_pl.contexts import seed_generators
+from altermoma_pl.modality import is_constant
 from altermoma_pl.structured.groups import ChannelGroup, Channels, Kept
 from altermoma_pl.structured.resizing import Resizing
 from altermoma_pl.structured.tracing import Forward, tensors_of
 
 TOLERANCE = 1e-5
 """Largest difference of outputs, relative to their largest value (at least 1)."""
-
-
-def sizes_of(model: nn.Module) -> dict[str, torch.Size]:
-    """Name -> size of each parameter and buffer."""
-    return {name: t.shape for name, t in (*model.named_parameters(), *model.named_buffers())}
 
 
 @torch.no_grad()
@@ -58,9 +54,9 @@ def why_not(
         with torch.no_grad():
             channels.to_masks(kept, parameters).apply_(model)
         masked = outputs_of(model, forward)
-        Resizing.of(channels, kept, sizes_of(model)).apply_(model)
+        Resizing.of(channels, kept, model).apply_(model)
         gap = difference(masked, outputs_of(model, forward))
-    except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
+    except Exception as error:  # of the user's code, of any kind
         return f"the smaller model does not run: {(str(error) or type(error).__name__).splitlines()[0]}"
     finally:
         reset()
@@ -79,3 +75,19 @@ def half(group: ChannelGroup, generator: torch.Generator) -> Tensor:
     kept = torch.ones(group.num_channels, dtype=torch.bool)
     kept[torch.randperm(group.num_channels, generator=generator)[: max(1, group.num_channels // 2)]] = False
     return kept
+
+
+@torch.no_grad()
+def enliven_(model: nn.Module, generator: torch.Generator) -> None:
+    """Add small random numbers to parameters that are zero or all the same, in place.
+
+    Behind a branch that is multiplied by zero, as it begins where a norm's weight or a head is initialised
+    so, or where channels are pruned, nothing would be proved: whatever is removed, outputs are the same.
+    """
+    for name, parameter in model.named_parameters():
+        if is_constant(name.rpartition(".")[2], parameter) or not parameter.numel():
+            continue
+        same = (parameter == 0) | (parameter.min() == parameter.max())
+        fan_in = parameter[0].numel() if parameter.ndim > 1 else 100
+        noise = torch.randn(parameter.shape, generator=generator) / max(1, fan_in) ** 0.5
+        parameter.add_(noise.to(parameter) * same)

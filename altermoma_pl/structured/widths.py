@@ -47,8 +47,11 @@ def keep_widths(
         cost: Makes the target a share of it, for example FLOPs; None for the number of channels.
 
     Raises:
-        ValueError: If a score of a channel that is there is not finite, or the target cannot be reached.
+        ValueError: If the sparsity is out of range, a score of a channel that is there is not finite, or the
+            target cannot be reached.
     """
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity must be in [0, 1), got {sparsity}")
     alive = within or {name: torch.ones(len(score), dtype=torch.bool) for name, score in scores.items()}
     steps = steps or dict.fromkeys(scores, 1)
     order, todo = {}, []
@@ -94,12 +97,15 @@ def _steps(name: str, ranked: Tensor, width: int, step: int, floor: int) -> list
         if smaller < max(floor, step):
             return found
         mean = float(ranked[smaller:current].mean())
+        if found:  # equal scores: their mean may fall by rounding
+            mean = max(mean, found[-1].score)
         found.append(Step(mean, name, smaller))
         current = smaller
 
 
 def _floor(num_channels: int, step: int, min_density: float) -> int:
-    return math.ceil(max(1, min_density * num_channels) / step) * step
+    least = round(max(1, min_density * num_channels), 9)  # 0.07 * 100 is more than 7
+    return math.ceil(least / step) * step
 
 
 def _after(start: Mapping[str, int], removals: list[Step]) -> dict[str, int]:

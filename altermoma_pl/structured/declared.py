@@ -44,7 +44,6 @@ def _group(model: nn.Module, names: Names, name: str, sides: Mapping[str, str]) 
             f"declared group {name!r} has no convolution or linear layer with side 'out': which layer puts "
             f"the channels out?"
         )
-    weights = {path: modules[path].weight for path in producers}
     first = modules[producers[0]]
     width = first.out_features if isinstance(first, nn.Linear) else first.out_channels
     slices = []
@@ -58,8 +57,8 @@ def _group(model: nn.Module, names: Names, name: str, sides: Mapping[str, str]) 
                 )
             slices.append(Slice(names.tensor(tensor), dim, torch.arange(offset, offset + width)[:, None]))
     attributes = tuple((path, "groups") for path in parsed if is_depthwise(modules[path]))
-    producers = tuple(names.tensor(weight) for weight in weights.values())
-    return ChannelGroup(name, width, tuple(slices), producers, attributes)
+    weights = tuple(names.tensor(modules[path].weight) for path in producers)
+    return ChannelGroup(name, width, tuple(slices), weights, attributes)
 
 
 def _parse(name: str, path: str, side: str) -> tuple[str, int]:

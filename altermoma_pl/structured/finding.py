@@ -189,9 +189,8 @@ class _Search:
         return {m: p for m, p in layers.items() if self.names.parameters.get(id(m.weight)) not in known}
 
     def _exclude(self, coupling: Coupling, reason: str) -> None:
-        left = self._left()
-        ports = [port for port in coupling.ports if port.side == "out" and port.module in left]
-        self.excluded |= {left[port.module]: reason for port in ports}
+        own = {port.module for port in coupling.ports if port.side == "out"}
+        self.excluded |= {path: reason for module, path in self._left().items() if module in own}
 
     def _exclude_unreached(self, reason: str) -> None:
         """Layers whose outputs no coupling has, for example since they are detached."""

@@ -51,15 +51,18 @@ def layouts(coupling: Coupling, names: Names) -> Iterator[Layout]:
     width = coupling.width
     modules = dict.fromkeys(p.module for p in coupling.ports if isinstance(p.module, _CONVS))
     depthwise = tuple((names.modules[module], "groups") for module in modules if is_depthwise(module))
+    counts = (*depthwise, *_bare_norms(coupling, names))
     grouped = {module.groups for module in modules if _is_grouped(module)}
     if not grouped:
-        yield Layout(1, width, 1, depthwise)
+        yield Layout(1, width, 1, counts)
     for groups in sorted(grouped):
         if width % groups == 0:
-            yield Layout(groups, width // groups, 1, depthwise)
+            yield Layout(groups, width // groups, 1, counts)
+    for parts in _parts(coupling):  # halves that are read together, as in gated units
+        yield Layout(parts, width // parts, 1, counts)
     for path, attribute, heads, parts in _heads(coupling, names):
         if width % (heads * parts) == 0:
-            yield Layout(parts, heads, width // (heads * parts), (*depthwise, (path, attribute)))
+            yield Layout(parts, heads, width // (heads * parts), (*counts, (path, attribute)))
 
 
 def group_of_layout(coupling: Coupling, layout: Layout, names: Names) -> ChannelGroup:
@@ -133,6 +136,19 @@ def tensors_of_port(port: Port, names: Names) -> Iterator[tuple[Tensor, int]]:
     else:
         kind, path = type(module).__name__, names.modules.get(module, "")
         raise ValueError(f"{path!r} is a {kind}, whose channels cannot be removed one by one")
+
+
+def _parts(coupling: Coupling) -> list[int]:
+    """In how many parts a width is cut that layers read as one."""
+    readers = {len(set(port.positions)) for port in coupling.ports if port.side == "in"}
+    return sorted(coupling.width // n for n in readers if n < coupling.width and coupling.width % n == 0)
+
+
+def _bare_norms(coupling: Coupling, names: Names) -> Iterator[tuple[str, str]]:
+    """(module path, attribute) of norms without a tensor that tells their width."""
+    for module in dict.fromkeys(port.module for port in coupling.ports):
+        if isinstance(module, nn.modules.batchnorm._NormBase) and not module.state_dict():
+            yield names.modules[module], "num_features"
 
 
 def is_depthwise(module: object) -> bool:

@@ -227,7 +227,8 @@ def test_flags_are_those_of_the_model():
     assert slimmed.a.out_channels < 6
 
 
-def test_the_whole_fusion_model(tmp_path):
+@pytest.mark.slow
+def test_the_whole_fusion_model(tmp_path, monkeypatch):
     data = DrivingData(
         num_train=2, num_val=2, num_calibration=2, batch_size=2, image_size=(48, 160), cache_dir=str(tmp_path)
     )
@@ -239,6 +240,9 @@ def test_the_whole_fusion_model(tmp_path):
     ).eval()
     channels = find_channels(model, lambda m: m(batch))
     masks = random_masks(channels, model, 1)
+    monkeypatch.setattr(
+        "altermoma_pl.structured.slimming.find_channels", lambda *_, **__: channels
+    )  # which takes its time
     with untouched(model):
         slimmed = slim(model, masks, (batch,))
     with torch.no_grad():

@@ -1,0 +1,297 @@
+import itertools
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from altermoma_pl.structured import find_channels
+from altermoma_pl.structured.declared import declared_groups
+from altermoma_pl.structured.tracing import trace
+from tests.structured.models import CASES, IMAGE, Net, block, chain, conv, multihead
+from tests.structured.test_slimming import found, untouched
+
+OUTPUT = "its channels are an output, or outputs become not finite"
+UNREACHED = "the graph of gradients does not reach it: declare its group by hand"
+DIFFER = "what is left depends on how many channels there are"
+
+
+def image():
+    return torch.randn(IMAGE[0], generator=torch.Generator().manual_seed(0))
+
+
+def search(model, x=None, **options):
+    x = image() if x is None else x
+    with untouched(model):
+        return find_channels(model, lambda m: m(x), **options)
+
+
+def refused(message, model, x=None, kind=ValueError, **options):
+    x = image() if x is None else x
+    with untouched(model), pytest.raises(kind, match=message):
+        find_channels(model, lambda m: m(x), **options)
+
+
+def slices(group):
+    return {(each.name, each.dim): each.index.tolist() for each in group.slices}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_groups_and_their_widths(name):
+    case = CASES[name]
+    assert {n: group.num_channels for n, group in found(name).items()} == case.groups
+    inputs = case.inputs()
+    with untouched(model := case.model()):
+        find_channels(model, lambda m: m(*inputs), declared=case.declared)
+
+
+def column(width, offset=0):
+    return [[offset + c] for c in range(width)]
+
+
+def test_residual_by_hand():
+    stem, a = found("residual").groups
+    assert slices(stem) == {
+        ("stem.weight", 0): column(8), ("stem.bias", 0): column(8), ("a.weight", 1): column(8),
+        ("b.weight", 0): column(8), ("b.bias", 0): column(8), ("head.weight", 1): column(8),
+    }  # fmt: skip
+    assert stem.producers == ("stem.weight", "b.weight")
+    norm = {(f"norm.{leaf}", 0): column(6) for leaf in ("weight", "bias", "running_mean", "running_var")}
+    own = {("a.weight", 0): column(6), ("a.bias", 0): column(6), ("b.weight", 1): column(6)}
+    assert slices(a) == own | norm
+    assert a.attributes == ()
+
+
+def test_concat_by_hand():
+    camera, lidar, _ = found("concat").groups
+    assert slices(camera)["fuse.weight", 1] == column(8)
+    assert slices(lidar)["fuse.weight", 1] == column(6, 8)
+
+
+def test_depthwise_and_grouped_by_hand():
+    [group] = found("depthwise").groups
+    assert slices(group) == {
+        ("0.weight", 0): column(8), ("0.bias", 0): column(8), ("1.weight", 0): column(8),
+        ("1.bias", 0): column(8), ("3.weight", 1): column(8),
+    }  # fmt: skip
+    assert group.attributes == (("1", "groups"),)
+    first, second = found("grouped").groups
+    assert slices(first)["0.weight", 0] == [[c, 4 + c] for c in range(4)]  # one of each of two groups
+    assert slices(first)["1.weight", 1] == column(4)
+    assert slices(second)["1.weight", 0] == [[c, 6 + c] for c in range(6)]
+
+
+def test_transposed_flattened_and_fused_by_hand():
+    first, second = found("transposed").groups
+    assert slices(first)["1.weight", 0] == column(8)
+    assert slices(second)["1.weight", 1] == column(6)
+    flat = slices(found("flatten").groups[0])["3.weight", 1]
+    assert flat == [list(range(16 * c, 16 * c + 16)) for c in range(8)]
+    heads = found("fused attention")["attention.qkv"]
+    expected = [[16 * part + 4 * h + i for part in range(3) for i in range(4)] for h in range(4)]
+    assert slices(heads)["attention.qkv.weight", 0] == expected
+    assert heads.attributes == (("attention", "num_heads"),)
+
+
+def test_reasons():
+    assert found("residual").excluded == {"head": OUTPUT}
+    normed = found("normed attention").excluded
+    assert normed.keys() == {"embed", "attention.proj", "fc2", "head"}  # every producer of the stream
+    attention = "nn.MultiheadAttention ties its width to the number of its heads"
+    assert found("multihead").excluded == {
+        "embed": attention, "fc2": attention, "head": OUTPUT, "attention.out_proj": attention
+    }  # fmt: skip
+    grouped = Net(
+        lambda m, x: m.head(torch.relu(m.norm(m.a(torch.relu(m.stem(x)))))),
+        stem=conv(3, 8), a=conv(8, 6), norm=nn.GroupNorm(1, 6), head=conv(6, 2),
+    ).eval()  # fmt: skip
+    channels = search(grouped)
+    assert list(channels) == ["stem"]
+    assert channels.excluded["a"].startswith(DIFFER)
+
+
+def test_frozen_and_unwanted_layers():
+    model = CASES["residual"].model()
+    model.a.weight.requires_grad_(False)
+    channels = search(model)
+    assert list(channels) == ["stem"]
+    assert channels.excluded == {"a": "'a.weight' is frozen", "head": OUTPUT}
+    channels = search(CASES["residual"].model(), prunable=["!b.*"])
+    unwanted = "'b.weight' is not prunable by the patterns"
+    assert list(channels) == ["a"]
+    assert channels.excluded == {"stem": unwanted, "b": unwanted, "head": OUTPUT}
+    refused("no channel of Net can be removed. stem: 'b.weight' is not", model, prunable=["!b.*"])
+    refused("'!absent.*'", model, prunable=["!absent.*"])
+
+
+def test_computed_weights_stay():
+    model = chain(parametrizations.weight_norm(conv(8, 8))).eval()
+    refused("0: a weight is computed from other parameters", model)
+    model = nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 8), nn.ReLU(), *chain(conv(8, 8))[1:])
+    parametrizations.weight_norm(model[4])
+    channels = search(model.eval())
+    assert list(channels) == ["0"]
+    computed = "a weight is computed from other parameters, as weight norm does"
+    assert channels.excluded == {"2": computed, "4": computed, "6": OUTPUT}
+
+
+class Mixed(nn.Module):
+    """Adds to each channel what follows from all, times a parameter that begins as zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        return x + self.scale * x.softmax(1)
+
+
+def test_what_is_multiplied_by_zero_is_not_proved():
+    refused("no channel of Sequential can be removed. 0: " + DIFFER, chain(Mixed()).eval())
+
+
+def test_nothing_is_proved_behind_a_head_of_zeros():
+    model = chain(nn.Softmax(1)).eval()
+    nn.init.zeros_(model[3].weight)
+    refused("0: " + DIFFER, model)
+
+
+def test_the_trial_catches_what_the_graph_reads_wrongly():
+    """The first layer's channels are sorted: element-wise for the graph, and any may be any."""
+
+    def function(m, x):
+        x = torch.relu(m.stem(x))
+        return m.head(torch.relu(m.a(x.sort(1).values)))
+
+    model = Net(function, stem=conv(3, 8), a=conv(8, 6), head=conv(6, 2)).eval()
+    [coupling, *_] = trace(model, lambda m: m(image()))
+    assert [(p.module, p.side) for p in coupling.ports] == [(model.stem, "out"), (model.a, "in")]
+    channels = search(model)
+    assert list(channels) == ["a"]
+    assert channels.excluded["stem"].startswith(DIFFER)
+
+
+class Refuses(nn.Module):
+    def forward(self, x):
+        if x.shape[1] != 8:
+            raise KeyError("eight")
+        return x
+
+
+def test_any_exception_of_the_smaller_model_is_a_reason():
+    model = nn.Sequential(conv(3, 8), Refuses(), conv(8, 6), nn.ReLU(), conv(6, 2)).eval()
+    assert search(model).excluded["0"] == "the smaller model does not run: 'eight'"
+
+
+def test_models_that_cannot_be_searched():
+    refused("Sequential does not run on the example inputs", chain(conv(8, 8)), torch.ones(1, 1))
+    refused("Net returns no floating-point tensor", Net(lambda m, x: m.a(x) > 0, a=conv(3, 2)))
+    turn = itertools.count(1)
+    refused("gives another output each time", Net(lambda m, x: m.a(x) * next(turn), a=conv(3, 2)))
+    refused("or one that is not finite", Net(lambda m, x: m.a(x) / 0, a=conv(3, 2)))
+    refused("nothing is prunable", nn.Sequential(nn.ReLU()))
+    cut = Net(lambda m, x: m.head(m.a(x)).detach(), a=conv(3, 8), head=conv(8, 2))
+    refused(
+        "the channels of Net cannot be followed: nothing that Net returns depends on its parameters .*; "
+        "declare groups by hand",
+        cut,
+    )
+    refused("no channel of Conv2d can be removed. : its channels are an output", conv(3, 8))
+
+
+def test_groups_that_go_only_alone(monkeypatch):
+    """Where any two are refused though each was proved."""
+    from altermoma_pl.structured import finding
+
+    real = finding.why_not
+    monkeypatch.setattr(
+        finding, "why_not", lambda m, groups, *rest: "two" if len(groups) > 1 else real(m, groups, *rest)
+    )
+    refused("one group at a time, but not together: two; leave layers out", CASES["residual"].model())
+
+
+def test_random_models_draw_the_same_each_time():
+    noisy = Net(lambda m, x: m.head(torch.relu(m.a(x + torch.rand_like(x)))), a=conv(3, 8), head=conv(8, 2))
+    assert list(search(noisy)) == ["a"]
+    # Where what is drawn depends on the number of channels, nothing can be compared.
+    refused("0: " + DIFFER, nn.Sequential(conv(3, 8), nn.ReLU(), nn.Dropout2d(0.5), conv(8, 2)))
+
+
+def test_without_torch_pruning(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    message = r"removing channels needs torch-pruning: pip install 'altermoma-pl\[structured\]'"
+    refused(message, CASES["residual"].model(), kind=ModuleNotFoundError)
+
+
+def test_nothing_is_warned_of():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        search(multihead().eval(), torch.randn(2, 5, 6))
+        search(block(True, True).eval(), torch.randn(2, 5, 6))
+
+
+def test_declared_groups_bridge_what_is_detached():
+    case = CASES["island"]
+    bare = search(case.model())
+    assert (list(bare), bare.excluded) == (["b"], {"head": OUTPUT, "a": UNREACHED})
+    bridge = found("island")["bridge"]
+    assert slices(bridge) == {
+        ("a.weight", 0): column(8),
+        ("a.bias", 0): column(8),
+        ("b.weight", 1): column(8),
+    }
+    assert bridge.producers == ("a.weight",)
+
+
+def test_declared_with_depthwise_norms_and_offsets():
+    def function(m, x):
+        x = m.norm(m.depth(m.a(x)))
+        x = torch.cat([m.b(x), x], 1)
+        return m.head(torch.relu(x)).detach()
+
+    model = Net(
+        function, a=conv(3, 8), depth=conv(8, 8, groups=8), norm=nn.BatchNorm2d(8), b=conv(8, 4),
+        head=conv(12, 2),
+    ).eval()  # fmt: skip
+    sides = {"a": "out", "depth": "out", "norm": "out", "b": "in", "head": "in:4"}
+    channels = search(model, declared={"stream": sides})
+    [group] = channels.groups
+    assert group.attributes == (("depth", "groups"),)
+    assert slices(group)["head.weight", 1] == column(8, 4)
+    assert ("norm.running_var", 0) in slices(group)
+    follow = "the channels cannot be followed: nothing that Net returns depends on its parameters"
+    assert channels.excluded.keys() == {"b", "head"}
+    assert all(reason.startswith(follow) for reason in channels.excluded.values())
+
+
+def test_declared_groups_are_not_found_again():
+    model = CASES["residual"].model()
+    channels = search(model, declared={"mine": {"a": "out", "norm": "out", "b": "in"}})
+    assert set(channels) == {"stem", "mine"}
+    assert channels.excluded == {"head": OUTPUT}
+
+
+@pytest.mark.parametrize(
+    ("sides", "message"),
+    [
+        ({"absent": "out"}, r"'g': \['absent'\] are no modules of Net"),
+        ({"b": "in"}, "'g' has no convolution or linear layer with side 'out'"),
+        ({"norm": "out"}, "'g' has no convolution or linear layer with side 'out'"),
+        ({"a": "both"}, "the side of 'a' must be 'out', 'in', or 'in:16' .* got 'both'"),
+        ({"a": "out:4"}, "got 'out:4'"),
+        ({"a": "out", "b": "in:x"}, "got 'in:x'"),
+        ({"a": "out", "b": "in:1"}, "'b' has 6 channels, and 'a' puts out 6, beginning at 1"),
+        ({"a": "out", "stem": "out"}, "'stem' has 8 channels, and 'a' puts out 6"),
+        ({"a": "out", "": "in"}, "'' is a Net, whose channels cannot be removed one by one"),
+        ({"a": "out"}, "the declared group 'g' cannot be removed: the smaller model does not run"),
+    ],
+)
+def test_wrong_declarations(sides, message):
+    refused(message, CASES["residual"].model(), declared={"g": sides})
+
+
+def test_declared_groups_are_not_proved_by_themselves():
+    [group] = declared_groups(CASES["residual"].model(), {"wrong": {"a": "out"}})
+    assert group.num_channels == 6

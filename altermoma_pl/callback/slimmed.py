@@ -33,14 +33,25 @@ class Slimmed(Callback):
         """Reshape the module once, and load the weights."""
         if self._entry:
             return
-        saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        saved = self._load()
+        reshape_like_(pl_module, saved["state_dict"], saved[KEY])
+        pl_module.load_state_dict(saved["state_dict"])
+        self._entry = saved[KEY]
+
+    def _load(self) -> dict[str, Any]:
+        try:
+            saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # of reading other bytes, of any kind
+            raise ValueError(
+                f"{self.checkpoint} is no checkpoint of tensors and builtins only, or a part of one: {error}"
+            ) from error
         if not isinstance(saved, dict) or KEY not in saved:
             raise ValueError(
                 f"{self.checkpoint} is not the checkpoint of a slim model: write one with `altermoma export`"
             )
-        reshape_like_(pl_module, saved["state_dict"], saved[KEY])
-        pl_module.load_state_dict(saved["state_dict"])
-        self._entry = saved[KEY]
+        return saved
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

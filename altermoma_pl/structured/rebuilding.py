@@ -111,7 +111,7 @@ def slim_optimizer_states(
 
 def _checked(entry: Any) -> Attributes:
     known = isinstance(entry, Mapping) and entry.get("format") == FORMAT
-    if not known or not isinstance(entry["attributes"], Mapping):
+    if not known or not isinstance(entry.get("attributes"), Mapping):
         raise ValueError(
             f"the checkpoint is not that of a slim model: it needs an entry {KEY!r} of format {FORMAT}, as "
             f"`altermoma export` writes it, got {entry!r:.80}"

@@ -53,9 +53,9 @@ def test_equal_scores_go_from_the_end_whatever_their_means_round_to():
 def test_means_never_fall():
     from altermoma_pl.structured.widths import _steps
 
-    ranked = torch.full((14,), 0.1, dtype=torch.float64)
-    scores = [step.score for step in _steps("a", ranked, 14, 3, 1)]
-    assert len(scores) == 4
+    ranked = torch.full((100,), 0.1, dtype=torch.float64)
+    scores = [step.score for step in _steps("a", ranked, 100, 7, 1)]
+    assert len(scores) == 14
     assert scores == sorted(scores)
 
 

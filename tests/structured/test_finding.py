@@ -10,6 +10,7 @@ from torch.nn.utils import parametrizations
 from altermoma_pl.structured import find_channels
 from altermoma_pl.structured.declared import declared_groups
 from altermoma_pl.structured.tracing import trace
+from altermoma_pl.structured.trial import enliven_
 from tests.structured.models import CASES, IMAGE, Net, block, chain, conv, multihead
 from tests.structured.test_slimming import found, untouched
 
@@ -295,3 +296,42 @@ def test_wrong_declarations(sides, message):
 def test_declared_groups_are_not_proved_by_themselves():
     [group] = declared_groups(CASES["residual"].model(), {"wrong": {"a": "out"}})
     assert group.num_channels == 6
+
+
+class Crossed(nn.Module):
+    """Two layers of one weight that read the same channels in another order."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+        self.one, self.two = nn.Conv2d(8, 6, 1), nn.Conv2d(8, 6, 1)
+        self.two.weight = self.one.weight
+        self.head = nn.Conv2d(6, 2, 1)
+
+    def forward(self, x):
+        a, b = torch.relu(self.a(x)), torch.tanh(self.b(x))
+        return self.head(torch.relu(self.one(torch.cat([a, b], 1)) + self.two(torch.cat([b, a], 1))))
+
+
+def test_a_weight_that_is_read_in_two_orders():
+    channels = search(Crossed().eval())
+    reason = "'one.weight' is used in two places that order its channels differently"
+    assert list(channels) == ["one"]
+    assert (channels.excluded["a"], channels.excluded["b"]) == (reason, reason)
+
+
+def test_meanwhile_no_learned_parameter_is_zero():
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.tensor([[1.0, 0.0, 2.0], [0.0, 0.0, 0.0]]))
+    model.ones = nn.Parameter(torch.ones(4))
+    model.number = nn.Parameter(torch.zeros(()))
+    model.none = nn.Parameter(torch.ones(0))
+    model.grid = nn.Parameter(torch.zeros(3), requires_grad=False)
+    model.index = nn.Parameter(torch.zeros(3, dtype=torch.int64), requires_grad=False)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    enliven_(model, torch.Generator().manual_seed(0))
+    assert ((model.weight != before["weight"]) == (before["weight"] == 0)).all()
+    assert model.ones.unique().numel() == 4
+    assert (model.ones - 1).abs().max() < 0.5
+    assert model.number != 0
+    assert all(torch.equal(model.get_parameter(name), before[name]) for name in ("none", "grid", "index"))

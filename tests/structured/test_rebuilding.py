@@ -10,8 +10,8 @@ from altermoma_pl.structured import slim
 from altermoma_pl.structured.rebuilding import reshape_like_, slim_entry, slim_optimizer_states
 from altermoma_pl.structured.recalibration import recalibrate_
 from altermoma_pl.structured.resizing import Resizing
+from tests.structured.channels import found, random_masks, untouched
 from tests.structured.models import CASES
-from tests.structured.test_slimming import found, random_masks, untouched
 
 
 def slimmed(name):

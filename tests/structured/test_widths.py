@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from altermoma_pl.structured import FlopModel, find_channels, keep_widths, slim
+from tests.structured.channels import found, random_kept
 from tests.structured.models import CASES
-from tests.structured.test_slimming import found, random_kept
 
 
 def tensor(*values):

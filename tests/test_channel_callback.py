@@ -1,6 +1,7 @@
 """`Trainer.fit` with whole channels, and with 2:4: what is pruned, that it stays so, and what is refused."""
 
 import copy
+import csv
 import pickle
 import re
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.loggers import CSVLogger
 
 from altermoma_pl import Channel, GraSP, Linear, NofM, OneShot, Rewinding, slim
 from altermoma_pl.callback.strategies import check_sharding
@@ -301,3 +303,22 @@ def test_weights_alone_know_nothing_of_channels():
     callback = pruner()
     fit(Fusion(), callback)
     assert not {"widths", "channels", "flops"} & callback.events[-1].keys()
+
+
+def test_metrics_and_figures_of_an_event(tmp_path):
+    pytest.importorskip("matplotlib")
+    callback = channel_pruner(schedule=OneShot(0), figures=True)
+    fit(Towers(), callback, logger=CSVLogger(tmp_path), max_epochs=1, log_every_n_steps=1)
+    (metrics,) = tmp_path.rglob("metrics.csv")
+    rows = list(csv.DictReader(metrics.read_text().splitlines()))
+    found = {key: [row[key] for row in rows if row.get(key)] for key in ("pruning/channels", "pruning/flops")}
+    event = callback.events[-1]
+    assert found == {
+        "pruning/channels": [str(event["channels"])],
+        "pruning/flops": [str(event["flops"])],
+    }
+    assert {path.stem for path in tmp_path.rglob("*.png")} == {
+        "kept_per_layer",
+        "sparsity_over_epochs",
+        "widths",
+    }

@@ -13,7 +13,8 @@ from lightning.pytorch.loggers import CSVLogger
 
 from altermoma_pl import Channel, GraSP, Linear, NofM, OneShot, Rewinding, slim
 from altermoma_pl.callback.strategies import check_sharding
-from altermoma_pl.cli import load_pruning_state, main
+from altermoma_pl.checkpoints import load_pruning_state
+from altermoma_pl.cli import main
 from altermoma_pl.patterns import Pattern, check_pattern
 from tests.channel_models import WIDTHS, ManualTowers, Towers, channel_pruner
 from tests.lightning_models import (

@@ -16,6 +16,7 @@ import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,69 +59,89 @@ def main(argv: Sequence[str] | None = None) -> None:
         show(rows, arguments)
 
 
+Made = tuple[FusionModule, Mapping[str, float]]
+"""A model, and its metrics."""
+
+
 def of_seed(bench: Fusion, seed: int, arguments: Namespace) -> list[dict[str, Any]]:
     """One row for each model of a seed: name, metrics, FLOPs, latencies."""
-    folder = Path(arguments.folder) / str(seed)
-    data = bench.data(seed)
-    batches = {size: (first_batch(data, size),) for size in BATCHES}
-    made: dict[str, tuple[FusionModule, Mapping[str, float]]] = {}
-
-    def get(name: str, make: Callable[[], tuple[FusionModule, Mapping[str, float]]]) -> FusionModule:
-        path = folder / f"{name}.pt"
-        if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            torch.save(make(), path)
-        made[name] = torch.load(path, weights_only=False)  # our own file
-        return made[name][0]
-
-    def train_dense() -> tuple[FusionModule, Mapping[str, float]]:
-        if not (folder / "dense.ckpt").exists():
-            bench.train_dense(seed, folder)
-        module = bench.dense(seed, folder, arguments.epochs)
-        return module, bench.measure(module, data)
-
-    def prune(criterion: Criterion, share: float) -> tuple[FusionModule, Mapping[str, float]]:
-        modalities = {name: list(patterns) for name, patterns in bench.modalities.items()}
-        callback = AlterMOMACallback(
-            modalities, share, criterion, EVENTS, granularity=Channel(), seed=seed, figures=False
-        )
-        module = bench.dense(seed, folder, arguments.epochs)
-        bench.fine_tune(module, data, arguments.epochs, [callback])
-        assert callback.masks is not None  # noqa: S101 (there was an event)
-        smaller = slim(module, callback.masks, batches[1]).model
-        assert isinstance(smaller, FusionModule)  # noqa: S101
-        return smaller, bench.measure(smaller, data)
-
-    def torch_pruning(flops: float) -> tuple[FusionModule, Mapping[str, float]]:
-        module = magnitude_pruned(bench.dense(seed, folder, arguments.epochs), batches[1], flops)
-        bench.fine_tune(module, data, arguments.epochs, [])
-        return module, bench.measure(module, data)
-
-    def train_on() -> tuple[FusionModule, Mapping[str, float]]:
-        module = bench.dense(seed, folder, arguments.epochs)
-        bench.fine_tune(module, data, arguments.epochs, [])
-        return module, bench.measure(module, data)
-
-    get("dense", train_dense)
-    get("dense, trained on", train_on)
+    models = Models(bench, seed, Path(arguments.folder) / str(seed), arguments.epochs)
+    models.add("dense", models.dense)
+    models.add("dense, trained on", models.trained_on)
     steps = 4 if arguments.quick else 16
     for share in SHARES:
         criterion = AlterEva(num_probe_batches=steps // 2, num_reactivation_steps=steps)
-        smaller = get(f"AlterEva {share:.0%}", lambda c=criterion, s=share: prune(c, s))  # type: ignore[misc]
-        flops = float(count_flops(smaller, batches[1]).total or 0)
-        get(f"Torch-Pruning {share:.0%}", lambda f=flops: torch_pruning(f))  # type: ignore[misc]
+        smaller = models.add(f"AlterEva {share:.0%}", partial(models.pruned, criterion, share))
+        flops = float(count_flops(smaller, models.batches[1]).total or 0)
+        models.add(f"Torch-Pruning {share:.0%}", partial(models.torch_pruned, flops))
     for share in SHARES:
-        get(f"Magnitude {share:.0%}", lambda s=share: prune(Magnitude(), s))  # type: ignore[misc]
+        models.add(f"Magnitude {share:.0%}", partial(models.pruned, Magnitude(), share))
     if arguments.only == "train":
         return []
     report = measure(
-        {name: module.eval() for name, (module, _) in made.items()},
-        batches,
+        {name: module.eval() for name, (module, _) in models.made.items()},
+        models.batches,
         repeats=5 if arguments.quick else 60,
-        metrics={name: {m: values[m] for m in METRICS} for name, (_, values) in made.items()},
+        metrics={name: {m: values[m] for m in METRICS} for name, (_, values) in models.made.items()},
     )
     Console(width=200).print(report.to_text(width=200), highlight=False)
-    return [row_of(name, seed, report) for name in made]
+    return [row_of(name, seed, report) for name in models.made]
+
+
+class Models:
+    """The models of a seed; what was trained once is kept in a folder."""
+
+    def __init__(self, bench: Fusion, seed: int, folder: Path, epochs: int) -> None:
+        self.bench, self.seed, self.folder, self.epochs = bench, seed, folder, epochs
+        self.data = bench.data(seed)
+        self.batches = {size: (first_batch(self.data, size),) for size in BATCHES}
+        self.made: dict[str, Made] = {}
+
+    def add(self, name: str, make: Callable[[], Made]) -> FusionModule:
+        """The model of this name, made unless it is there."""
+        path = self.folder / f"{name}.pt"
+        if not path.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            torch.save(make(), path)
+        self.made[name] = torch.load(path, weights_only=False)  # our own file
+        return self.made[name][0]
+
+    def dense(self) -> Made:
+        """Each sensor alone, then fused."""
+        if not (self.folder / "dense.ckpt").exists():
+            self.bench.train_dense(self.seed, self.folder)
+        return self._measured(self._dense())
+
+    def trained_on(self) -> Made:
+        """The dense model, for as many steps as the others."""
+        module = self._dense()
+        self.bench.fine_tune(module, self.data, self.epochs, [])
+        return self._measured(module)
+
+    def pruned(self, criterion: Criterion, share: float) -> Made:
+        """Masked while it is fine-tuned, then slimmed."""
+        modalities = {name: list(patterns) for name, patterns in self.bench.modalities.items()}
+        callback = AlterMOMACallback(
+            modalities, share, criterion, EVENTS, granularity=Channel(), seed=self.seed, figures=False
+        )
+        module = self._dense()
+        self.bench.fine_tune(module, self.data, self.epochs, [callback])
+        assert callback.masks is not None  # noqa: S101 (there was an event)
+        smaller = slim(module, callback.masks, self.batches[1]).model
+        assert isinstance(smaller, FusionModule)  # noqa: S101
+        return self._measured(smaller)
+
+    def torch_pruned(self, flops: float) -> Made:
+        """Cut to these FLOPs, then fine-tuned."""
+        module = magnitude_pruned(self._dense(), self.batches[1], flops)
+        self.bench.fine_tune(module, self.data, self.epochs, [])
+        return self._measured(module)
+
+    def _dense(self) -> FusionModule:
+        return self.bench.dense(self.seed, self.folder, self.epochs)
+
+    def _measured(self, module: FusionModule) -> Made:
+        return module, self.bench.measure(module, self.data)
 
 
 def first_batch(data: Any, size: int) -> Batch:
@@ -139,7 +160,9 @@ def magnitude_pruned(module: FusionModule, inputs: tuple[Batch], flops: float) -
         # Left out: what it cannot know, the outputs and the layer whose outputs mean depths and features; and
         # the stem, since training a strided 1x1 convolution of 8 channels crashes in torch 2.13 on a CPU.
         parts = tried.model
-        fixed = [parts.heads["object"].heatmap, parts.heads["object"].regression, parts.heads["map"][1]]
+        camera, objects = parts.encoders["camera"], parts.heads["object"]
+        fixed = [objects.heatmap, objects.regression, parts.heads["map"][1]]
+        fixed += [camera.vtransform.depthnet, camera.backbone.stem[0]]
         torch_pruning.pruner.BasePruner(
             tried,
             inputs[0],
@@ -147,11 +170,7 @@ def magnitude_pruned(module: FusionModule, inputs: tuple[Batch], flops: float) -
             global_pruning=True,
             pruning_ratio=ratio,
             round_to=8,
-            ignored_layers=[
-                *fixed,
-                parts.encoders["camera"].vtransform.depthnet,
-                parts.encoders["camera"].backbone.stem[0],
-            ],
+            ignored_layers=fixed,
             forward_fn=lambda model, batch: [*model(batch).objects, model(batch).map_logits],
         ).step()
         if (count_flops(tried, inputs).total or 0) <= flops:

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
+
+T = TypeVar("T")
 
 
 def num_processes() -> int:
@@ -122,6 +125,15 @@ def gathered(values: Sequence[int]) -> list[list[int]]:
 def all_agree(flag: bool) -> bool:
     """Whether the flag is set in all processes."""
     return all(each == [1] for each in gathered([int(flag)]))
+
+
+def of_first(value: T) -> T:
+    """The value of the first process, in all of them; it is pickled."""
+    if num_processes() == 1:
+        return value
+    held = [value]
+    dist.broadcast_object_list(held, src=0, device=_device())
+    return held[0]
 
 
 def check_same(digest: bytes, what: str) -> None:

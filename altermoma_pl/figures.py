@@ -44,7 +44,10 @@ def draw(
     drawn = {"kept_per_layer": kept_per_layer(report)}
     if events:
         drawn["sparsity_over_epochs"] = sparsity_over_epochs(events)
-    if components is not None and masks is not None:
+    if events and "widths" in events[-1]:
+        drawn["widths"] = _widths_after(events[-1]["widths"], report)
+    # Components of channels have no weights to be drawn with.
+    if components is not None and masks is not None and components.deci.keys() == masks.keys():
         drawn["importance_against_redundancy"] = importance_against_redundancy(components, masks)
     return drawn
 
@@ -61,11 +64,11 @@ def kept_per_layer(report: SparsityReport) -> Figure:
     from matplotlib.patches import Patch
 
     colours = _colours(report.groups)
-    figure, axes = new_axes(width=8, height=max(2.5, 0.22 * len(report.layers) + 1.2))
+    figure, axes = new_axes(width=8, height=max(2.5, 0.22 * len(report.rows) + 1.2))
     axes.barh(
-        [layer.name.removesuffix(".weight") for layer in report.layers],
-        [layer.kept for layer in report.layers],
-        color=[colours[layer.group] for layer in report.layers],
+        [layer.name.removesuffix(".weight") for layer in report.rows],
+        [layer.kept for layer in report.rows],
+        color=[colours[layer.group] for layer in report.rows],
     )
     axes.axvline(1 - report.sparsity, color="black", linewidth=0.8, linestyle="--")
     axes.invert_yaxis()
@@ -124,6 +127,14 @@ def widths(before: Mapping[str, int], after: Mapping[str, int], group_of: Mappin
         handles.append(Patch(color=colour, label=f"{group}: {left:,} of {total:,}"))
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=8)
     return figure
+
+
+def _widths_after(kept_of: Mapping[str, Sequence[int]], report: SparsityReport) -> Figure:
+    """Of groups of channels, which are called as the first layer that puts them out."""
+    groups = {layer.name.removesuffix(".weight"): layer.group for layer in report.layers}
+    before = {name: total for name, (_, total) in kept_of.items()}
+    after = {name: kept for name, (kept, _) in kept_of.items()}
+    return widths(before, after, {name: groups.get(name, "shared") for name in before})
 
 
 def importance_against_redundancy(components: Components, masks: Masks) -> Figure:

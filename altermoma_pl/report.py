@@ -7,7 +7,7 @@ import io
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Console
@@ -39,10 +39,14 @@ class SparsityReport:
         layers: One entry for each prunable tensor, in the model's order.
         losses: Mean loss over the probe batches in the latest scoring event, as
             `Components.losses`; empty for criteria that measure none.
+        shown: Names of the layers in tables and figures; the others count in totals alone. None for all.
+        removed: What is gone -> its share, where whole channels are pruned.
     """
 
     layers: tuple[LayerReport, ...]
     losses: Mapping[str, float]
+    shown: tuple[str, ...] | None = None
+    removed: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -54,6 +58,11 @@ class SparsityReport:
             for name, mask in masks.items()
         )
         return cls(tuple(layers), dict(losses or {}))
+
+    @property
+    def rows(self) -> tuple[LayerReport, ...]:
+        """The layers in tables and figures."""
+        return tuple(layer for layer in self.layers if self.shown is None or layer.name in self.shown)
 
     @property
     def groups(self) -> dict[str, LayerReport]:
@@ -82,7 +91,8 @@ class SparsityReport:
 
     def table(self, title: str = "Kept weights") -> Table:
         """Kept share per modality and per layer, and the losses."""
-        table = Table(title=f"{title}: sparsity {self.sparsity:.4f}", title_justify="left")
+        removed = "".join(f", {share:.4f} of the {what} removed" for what, share in self.removed.items())
+        table = Table(title=f"{title}: sparsity {self.sparsity:.4f}{removed}", title_justify="left")
         table.add_column("modality")
         table.add_column("layer", overflow="fold")
         for header in ("weights", "kept", "share"):
@@ -90,7 +100,7 @@ class SparsityReport:
         for group, total in self.groups.items():
             table.add_section()
             table.add_row(f"[bold]{group}", "[bold]all", *_numbers(total))
-            for layer in self.layers:
+            for layer in self.rows:
                 if layer.group == group:
                     table.add_row("", layer.name, *_numbers(layer))
         if self.losses:
@@ -105,10 +115,11 @@ class SparsityReport:
         return as_text(self.table(title), width)
 
     def to_json(self) -> str:
-        """`sparsity`, `groups`, `layers` and `losses` as json."""
+        """`sparsity`, `groups`, `layers`, `losses` and, where channels are pruned, `removed` as json."""
         return json.dumps(
             {
                 "sparsity": self.sparsity,
+                **({"removed": dict(self.removed)} if self.removed else {}),
                 "groups": {
                     name: {"num_weights": g.num_weights, "num_kept": g.num_kept, "kept": g.kept}
                     for name, g in self.groups.items()

@@ -253,6 +253,30 @@ def test_messages(gradual, path, damage, message):
     assert_same(callback.state_dict(), before)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"widths": []}, "widths of event 0 must be a dictionary by name, got []"),
+        (
+            {"widths": {"a": [1]}},
+            "width of 'a' in event 0 must be two whole numbers, kept and total",
+        ),
+        ({"widths": {"a": [3, 2]}}, "width of 'a' in event 0 must be two whole numbers, kept and total, got"),
+        ({"widths": {"a": [True, 2]}}, "must be two whole numbers, kept and total, got [True, 2]"),
+        ({"widths": {"a": [0, 2]}}, "must be two whole numbers, kept and total, got [0, 2]"),
+        ({"channels": 1.5}, "channels of event 0 must be in [0, 1], got 1.5"),
+        ({"flops": None}, "flops of event 0 must be a number, got None"),
+    ],
+)
+def test_what_is_recorded_of_channels_is_checked(gradual, changes, message):
+    state, whole = gradual.state, {"widths": {"a": [2, 4]}, "channels": 0.5, "flops": 0.5}
+    state["events"][0] |= whole
+    pruner().load_state_dict(state)
+    state["events"][0] |= changes
+    with pytest.raises(ValueError, match=re.escape(message)):
+        pruner().load_state_dict(state)
+
+
 def test_other_groups_are_refused(gradual):
     message = (
         "'camera.0.weight' belongs to 'camera', but to 'radar' in the masks that this callback holds: go on"

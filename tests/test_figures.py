@@ -196,3 +196,16 @@ def test_widths_of_other_layers(before, after, group_of, differ):
         ValueError, match=re.escape(f"must name the same layers, at least one; these differ: {differ}")
     ):
         figures.widths(before, after, group_of)
+
+
+def test_widths_are_drawn_where_channels_are_pruned_and_their_components_are_not():
+    events = [*EVENTS, {**EVENTS[-1], "widths": {"camera": [2, 4], "mine": [3, 8]}}]
+    of_channels = Components({"camera": torch.ones(4)}, {}, {"camera": "camera"}, {}, {})
+    drawn = figures.draw(REPORT, events, of_channels, MASKS)
+    assert set(drawn) == {"kept_per_layer", "sparsity_over_epochs", "widths"}
+    axes = labelled(drawn["widths"])
+    assert [text.get_text() for text in axes.texts] == ["2 of 4", "3 of 8"]
+    assert [text.get_text() for text in axes.figure.legends[0].get_texts()] == [
+        "camera: 2 of 4",
+        "shared: 3 of 8",
+    ]

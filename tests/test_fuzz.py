@@ -78,6 +78,7 @@ CALLBACK = {
     "store_components": NO_FLAG,
     "name": st.sampled_from([3, True, "", "a/b", "a b", [], {}]),
     "on_nonfinite": NO_CHOICE,
+    "granularity": NO_CHOICE,
 }
 ALTEREVA = {
     "alpha": NOT_POSITIVE | st.just(0.0),  # with the default combination

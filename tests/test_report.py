@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -111,3 +112,14 @@ def test_csv_parses_back():
     parsed = [LayerReport(r["name"], r["group"], int(r["num_weights"]), int(r["num_kept"])) for r in rows]
     assert tuple(parsed) == REPORT.layers
     assert [float(row["kept"]) for row in rows] == [0.25, 1.0, 0.75, 0.5]
+
+
+def test_parameters_beside_the_layers_count_in_totals_alone():
+    shown = replace(REPORT, shown=("camera.weight",), removed={"channels": 0.5, "FLOPs": 0.75})
+    text = shown.to_text("Kept", width=150)
+    assert ", 0.5000 of the channels removed, 0.7500 of the FLOPs removed" in " ".join(text.split())
+    assert "camera.weight" in text
+    assert "head.weight" not in text
+    assert shown.total == REPORT.total
+    assert json.loads(shown.to_json())["removed"] == {"channels": 0.5, "FLOPs": 0.75}
+    assert shown.to_csv() == REPORT.to_csv()

@@ -67,8 +67,7 @@ def _log(trainer: Trainer, state: PruningState, report: SparsityReport, seconds:
     metrics |= {f"loss/{which}": loss for which, loss in event["losses"].items()}
     if "num_skipped" in event:
         metrics["num_skipped"] = event["num_skipped"]
-    if "beta" in event:
-        metrics["beta"] = event["beta"]
+    metrics |= {key: event[key] for key in ("beta", "channels", "flops") if key in event}
     for logger in trainer.loggers:
         logger.log_metrics({f"{prefix}/{k}": v for k, v in metrics.items()}, step=trainer.global_step)
 

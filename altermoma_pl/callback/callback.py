@@ -13,29 +13,29 @@ from torch import Tensor
 
 from altermoma_pl.callback.announcement import announce
 from altermoma_pl.callback.checks import (
+    check_granularity,
     check_long_enough,
     check_not_late,
     check_options,
     check_parts,
     check_same_groups,
-    check_storable,
     check_zeros,
     warn_if_short,
 )
 from altermoma_pl.callback.enforcement import Enforcement
 from altermoma_pl.callback.gradients import reads_gradients
-from altermoma_pl.callback.interruptions import resume_with_first_batch, signals_held
+from altermoma_pl.callback.interruptions import signals_held
 from altermoma_pl.callback.loaders import ProbeLoader
 from altermoma_pl.callback.loss import check_loss, loss_function
 from altermoma_pl.callback.memory import memory_advice
 from altermoma_pl.callback.rewinding import RewindPoint, check_rewindable
 from altermoma_pl.callback.scoring import Decision, check_batches, decide, scoring_batches, target_at
-from altermoma_pl.callback.several import callbacks_of, check_disjoint, check_name
+from altermoma_pl.callback.several import check_disjoint, check_name
 from altermoma_pl.callback.state import PruningState
 from altermoma_pl.callback.stateful import Stateful
 from altermoma_pl.callback.strategies import check_sharding, check_strategy
 from altermoma_pl.callback.tracing import calibration_for, trace_channels
-from altermoma_pl.criteria import AlterEva, Calibration, Criterion, Scores
+from altermoma_pl.criteria import AlterEva, Calibration, Criterion
 from altermoma_pl.criteria.base import no_progress
 from altermoma_pl.criteria.computed import Computed
 from altermoma_pl.criteria.finite import OnNonFinite
@@ -139,8 +139,7 @@ class AlterMOMACallback(Stateful):
         others = {"figures": (figures, bool), "store_components": (store_components, bool)}
         folder = None if isinstance(output_dir, Path) else output_dir
         check_parts(criterion, schedule, prunable, seed, output_dir=(folder, str | None), **others)
-        self._grain.check(criterion, sparsity, scope, min_density)
-        check_storable(self._grain, store_components)
+        check_granularity(self._grain, criterion, sparsity, scope, min_density, store_components)
 
     # When: Lightning's hooks, in the order in which they come.
 
@@ -156,7 +155,7 @@ class AlterMOMACallback(Stateful):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find modalities and weights, take up loaded masks, and hold them from now on."""
-        check_sharding(pl_module, self.criterion, self.schedule, self.store_components)
+        check_sharding(pl_module, self.criterion, self.schedule, self._grain, self.store_components)
         self._take_up(trainer, pl_module)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -208,18 +207,11 @@ class AlterMOMACallback(Stateful):
         """Catch up: a resumed run may enter an epoch without its start hook."""
         self.on_train_epoch_start(trainer, pl_module)
 
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Never save masks and weights that disagree, nor counts that skip the epoch that begins."""
-        self._hold(trainer, pl_module, checkpoint["state_dict"])
-        resume_with_first_batch(checkpoint)
-
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hold what training left in the module, averages too; say so if it ended before the last event."""
-        if self._state.masks is None:
-            return  # no training, so that no channels were looked for
         self._hold(trainer, pl_module)
+        if self._grain.by_channel and self._traced is None:
+            return  # no training, so that no channels were looked for
         shortfall = self._shortfall(self._state)
         if trainer.is_global_zero:
             warn_if_short(self.schedule, self.report().sparsity, shortfall)
@@ -227,15 +219,11 @@ class AlterMOMACallback(Stateful):
     # What happens in an event, and before the first.
 
     def _take_up(self, trainer: Trainer, module: LightningModule) -> None:
-        held = self._enforcement is not None and self._enforcement.masks is self._state.masks
-        if self._grain.by_channel and self._traced is None:
-            # Before the model is traced: what a checkpoint has pruned is held as it is.
-            if self._state.masks is not None and not held:
-                self._state.masks = self._state.masks.to(module)
-                check_zeros(self._state.masks, module)
-                self._enforcement = Enforcement(module, self._state.masks, trainer.optimizers)
-            return
-        if held and not self._grain.by_channel:
+        if self._grain.by_channel:
+            if self._traced is None:
+                self._hold_loaded(trainer, module)
+                return
+        elif self._enforcement is not None and self._enforcement.masks is self._state.masks:
             return
         self._input_dims = input_dims(module)
         calibration = self._calibration(trainer, module)
@@ -264,9 +252,7 @@ class AlterMOMACallback(Stateful):
         if self.schedule.rewinds_to is not None and self._state.rewind_point is not None:
             self._state.rewind_point.restore_(trainer, module)
         state = replace(self._state, events=list(self._state.events))
-        state.record(decision, epoch, trainer.global_step, self.store_components)
-        if self._traced is not None:
-            state.record_channels(self._traced.channels, self._traced.flops)
+        state.record(decision, epoch, trainer.global_step, self.store_components, self._traced)
         self._state = state  # one assignment: whatever interrupts finds masks and their record
         for callback in (self, *self._others(trainer)):  # rewinding brought back what others had pruned
             callback._hold(trainer, module)
@@ -275,12 +261,7 @@ class AlterMOMACallback(Stateful):
         announce(trainer, state, decision.components, seconds, self.name, self.output_dir, self.figures)
 
     def _ranking(self, state: PruningState, magnitudes: Mapping[str, Tensor] | None = None) -> Ranking:
-        if state.masks is None:
-            raise ValueError("there are no masks to rank within: nothing was found to prune yet")
-        masks, groups = state.masks, state.group_of
-        return Ranking(
-            masks, groups, self.scope, self.min_density, magnitudes, self._traced, self._input_dims
-        )
+        return state.ranking(self.scope, self.min_density, magnitudes, self._traced, self._input_dims)
 
     def _shortfall(self, state: PruningState) -> str:
         """What is missing to the last target, in words."""
@@ -298,11 +279,7 @@ class AlterMOMACallback(Stateful):
             weights = calibration.weights
             magnitudes = Computed(weights, lambda name: weights[name].detach().abs())
             ranking = self._ranking(self._state, magnitudes)
-
-            def make_masks(scores: Scores) -> Masks:
-                return self._grain.masks(scores, target, ranking)
-
-            return decide(self.criterion, calibration, make_masks)
+            return decide(self.criterion, calibration, lambda s: self._grain.masks(s, target, ranking))
 
     def _calibration(self, trainer: Trainer, module: LightningModule, *batches: Any) -> Calibration:
         probes, trainings, progress = batches or ((), (), no_progress)
@@ -311,9 +288,6 @@ class AlterMOMACallback(Stateful):
             self._traced, module, loss, probes, trainings, self.modalities, self.prunable, masks, seed,
             progress, self.on_nonfinite,
         )  # fmt: skip
-
-    def _others(self, trainer: Trainer) -> list[AlterMOMACallback]:
-        return [c for c in callbacks_of(trainer) if isinstance(c, AlterMOMACallback) and c is not self]
 
 
 def _is_trial(trainer: Trainer) -> bool:

@@ -107,8 +107,16 @@ def check_zeros(masks: Masks, model: nn.Module) -> None:
             )
 
 
-def check_storable(granularity: Granularity, store_components: bool) -> None:
-    """Raise a `ValueError` if components are to be stored that are not those of weights."""
+def check_granularity(
+    granularity: Granularity,
+    criterion: Criterion,
+    sparsity: Sparsity,
+    scope: Scope,
+    min_density: float,
+    store_components: bool,
+) -> None:
+    """Raise a `ValueError` if the other options cannot go with what is pruned as one piece."""
+    granularity.check(criterion, sparsity, scope, min_density)
     if granularity.by_channel and store_components:
         raise ValueError("store_components is for single weights: components of channels are not stored")
 

@@ -120,6 +120,10 @@ def _check_event(what: str, event: Any) -> None:
         _check_share(f"kept share of {name!r} in {what}", share)
     for name, loss in _items(f"losses of {what}", event["losses"]):
         _check_number(f"loss {name!r} in {what}", loss)
+    for name, counts in _items(f"widths of {what}", event.get("widths", {})):
+        _check_width(f"width of {name!r} in {what}", counts)
+    for key in ("channels", "flops") if "widths" in event else ():
+        _check_share(f"{key} of {what}", event.get(key))
     if "beta" in event:
         _check_number(f"beta of {what}", event["beta"])
     for name, loss in _items(f"beta_losses of {what}", event.get("beta_losses", {})):
@@ -136,6 +140,12 @@ def _items(what: str, value: Any) -> list[tuple[str, Any]]:
 def _check_number(what: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
         raise ValueError(f"{what} must be a number, got {value!r:.80}")
+
+
+def _check_width(what: str, value: Any) -> None:
+    whole = isinstance(value, list) and [type(count) for count in value] == [int, int]
+    if not whole or not 1 <= value[0] <= value[1]:
+        raise ValueError(f"{what} must be two whole numbers, kept and total, got {value!r:.80}")
 
 
 def _check_share(what: str, value: Any) -> None:

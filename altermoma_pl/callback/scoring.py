@@ -110,7 +110,8 @@ def target_at(schedule: Schedule, sparsity: Sparsity, epoch: int, pruned: Sparsi
     """The schedule's sparsity at `epoch`, and at least what is pruned already."""
     if isinstance(sparsity, dict) and isinstance(pruned, dict):
         return {
-            group: max(schedule.sparsity_at(epoch, share), pruned[group]) for group, share in sparsity.items()
+            group: max(schedule.sparsity_at(epoch, share), pruned.get(group, 0.0))
+            for group, share in sparsity.items()
         }
     if isinstance(sparsity, dict) or isinstance(pruned, dict):
         raise TypeError(f"{sparsity} and {pruned} must both be one share or one of each group")

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from torch import Tensor
 
 from altermoma_pl.callback.damage import check_components, check_epoch, check_events, check_groups
 from altermoma_pl.callback.rewinding import RewindPoint
 from altermoma_pl.callback.scoring import Decision
 from altermoma_pl.criteria import Components
+from altermoma_pl.granularity import Ranking, Traced
 from altermoma_pl.masks import Masks
 from altermoma_pl.report import SparsityReport
-from altermoma_pl.structured import Channels
+from altermoma_pl.sparsity import Scope
 
 FORMAT = 2
 
@@ -29,7 +32,9 @@ class PruningState:
         events: One entry for each event, oldest first: "epoch", "step", "sparsity", "kept" (group ->
             share) and "losses"; with beta="auto" also the "beta" that was chosen and "beta_losses", the
             loss of each candidate by its name, None if not finite; "num_skipped", if any batch was left
-            out because its loss or gradient was not finite.
+            out because its loss or gradient was not finite. Where channels are pruned, "widths" (group
+            of channels -> how many stay, of how many), and the shares of all "channels" and "flops" that
+            are gone.
         components: DeCI and ReRI of the latest event, where the criterion has them and they are stored.
         rewind_point: What the events that are left rewind to; None where the schedule rewinds nothing.
     """
@@ -97,7 +102,31 @@ class PruningState:
         """Losses that the latest event measured."""
         return self.events[-1]["losses"] if self.events else {}
 
-    def record(self, decision: Decision, epoch: int, step: int, keep_components: bool) -> None:
+    def ranking(
+        self,
+        scope: Scope,
+        min_density: float,
+        magnitudes: Mapping[str, Tensor] | None,
+        traced: Traced | None,
+        input_dims: Mapping[str, int],
+    ) -> Ranking:
+        """What the scores of the next event are ranked within.
+
+        Raises:
+            ValueError: If there are no masks.
+        """
+        if self.masks is None:
+            raise ValueError("there are no masks to rank within: nothing was found to prune yet")
+        return Ranking(self.masks, self.group_of, scope, min_density, magnitudes, traced, input_dims)
+
+    def record(
+        self,
+        decision: Decision,
+        epoch: int,
+        step: int,
+        keep_components: bool,
+        traced: Traced | None = None,
+    ) -> None:
         """Take up what an event decided."""
         self.masks = decision.masks
         self.last_event_epoch = epoch
@@ -115,18 +144,9 @@ class PruningState:
             event |= {"beta": decision.beta, "beta_losses": finite}
         if decision.num_skipped:
             event["num_skipped"] = decision.num_skipped
+        if traced is not None:
+            event |= _of_channels(traced, decision.masks)
         self.events.append(event)
-
-    def record_channels(self, channels: Channels, flops: Callable[[Mapping[str, int]], float]) -> None:
-        """Add to the latest event how wide each group of channels was made, and the FLOPs that are left."""
-        kept = channels.kept(self.masks or {})
-        widths = {name: int(flags.sum()) for name, flags in kept.items()}
-        full = {name: group.num_channels for name, group in channels.items()}
-        self.events[-1] |= {
-            "widths": {name: [widths[name], full[name]] for name in full},
-            "channels": 1 - sum(widths.values()) / sum(full.values()),
-            "flops": 1 - flops(widths) / flops(full),
-        }
 
     def report(self) -> SparsityReport:
         """What is pruned where.
@@ -136,4 +156,20 @@ class PruningState:
         """
         if self.masks is None:
             raise ValueError("there are no masks to report on: nothing was pruned yet")
-        return SparsityReport.of(self.masks, self.group_of, self.losses)
+        report = SparsityReport.of(self.masks, self.group_of, self.losses)
+        event = self.events[-1] if self.events else {}
+        if "widths" not in event:
+            return report
+        shown = tuple(name for name, mask in self.masks.items() if mask.ndim > 1)
+        return replace(report, shown=shown, removed={"channels": event["channels"], "FLOPs": event["flops"]})
+
+
+def _of_channels(traced: Traced, masks: Masks) -> dict[str, Any]:
+    """How wide each group of channels is, and the shares that are gone."""
+    widths = {name: int(flags.sum()) for name, flags in traced.channels.kept(masks).items()}
+    full = {name: group.num_channels for name, group in traced.channels.items()}
+    return {
+        "widths": {name: [widths[name], full[name]] for name in full},
+        "channels": 1 - sum(widths.values()) / sum(full.values()),
+        "flops": 1 - traced.flops(widths) / traced.flops.total,
+    }

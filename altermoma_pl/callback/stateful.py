@@ -6,8 +6,11 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from altermoma_pl.callback.checks import check_zeros
 from altermoma_pl.callback.copies import hold_everywhere_
 from altermoma_pl.callback.enforcement import Enforcement
+from altermoma_pl.callback.interruptions import resume_with_first_batch
+from altermoma_pl.callback.several import callbacks_of
 from altermoma_pl.callback.state import PruningState
 from altermoma_pl.criteria import Components
 from altermoma_pl.granularity import Traced
@@ -92,6 +95,13 @@ class Stateful(Callback):
         if batch_idx == 0 and dataloader_idx == 0:
             self._hold(trainer, pl_module)
 
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Never save masks and weights that disagree, nor counts that skip the epoch that begins."""
+        self._hold(trainer, pl_module, checkpoint["state_dict"])
+        resume_with_first_batch(checkpoint)
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Undo half a step, or finish half an event; then let go of the optimizers."""
         self._hold(trainer, pl_module)
@@ -108,6 +118,20 @@ class Stateful(Callback):
         if self._enforcement.masks is not self._state.masks:
             self._enforcement.masks = self._state.masks
         hold_everywhere_(trainer, module, self._state.masks, saved)
+
+    def _hold_loaded(self, trainer: Trainer, module: LightningModule) -> None:
+        """What a checkpoint has pruned is held as it is until the channels are known."""
+        if self._state.masks is None:
+            return
+        if self._enforcement is not None and self._enforcement.masks is self._state.masks:
+            return
+        self._state.masks = self._state.masks.to(module)
+        check_zeros(self._state.masks, module)
+        self._release()
+        self._enforcement = Enforcement(module, self._state.masks, trainer.optimizers)
+
+    def _others(self, trainer: Trainer) -> list[Stateful]:
+        return [each for each in callbacks_of(trainer) if isinstance(each, Stateful) and each is not self]
 
     def _release(self) -> None:
         if self._enforcement is not None:

@@ -6,6 +6,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from altermoma_pl.criteria import Criterion
 from altermoma_pl.distributed import is_sharded
+from altermoma_pl.granularity import Granularity
 from altermoma_pl.schedules import Schedule
 
 _SUPPORTED = ("SingleDeviceStrategy", "SingleDeviceXLAStrategy", "DDPStrategy", "ModelParallelStrategy")
@@ -30,7 +31,11 @@ def check_strategy(trainer: Trainer) -> None:
 
 
 def check_sharding(
-    module: LightningModule, criterion: Criterion, schedule: Schedule, store_components: bool
+    module: LightningModule,
+    criterion: Criterion,
+    schedule: Schedule,
+    granularity: Granularity,
+    store_components: bool,
 ) -> None:
     """Raise a `ValueError` if parameters are sharded and something cannot work with that."""
     if not is_sharded(module.parameters()):
@@ -39,6 +44,11 @@ def check_sharding(
         raise ValueError(
             f"{type(criterion).__name__} needs whole parameters, and those of this model are sharded over "
             f"processes: use AlterEva, SNIP, Taylor or Magnitude, or strategy='ddp'"
+        )
+    if not granularity.shardable:
+        raise ValueError(
+            f"{granularity} needs whole parameters, and those of this model are sharded over processes: "
+            f"use the granularity 'weight', or strategy='ddp'"
         )
     if schedule.rewinds_to is not None:
         raise ValueError(

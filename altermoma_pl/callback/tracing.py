@@ -12,6 +12,7 @@ from altermoma_pl.callback.loss import loss_function
 from altermoma_pl.callback.memory import memory_advice
 from altermoma_pl.callback.scoring import scoring_batches
 from altermoma_pl.criteria import Calibration
+from altermoma_pl.distributed import of_first, together
 from altermoma_pl.granularity import Granularity, Traced
 from altermoma_pl.structured.calibration import ChannelCalibration
 
@@ -26,12 +27,29 @@ def trace_channels(
 ) -> Traced:
     """The channels of the module, which is left as it was, as are random numbers and loaders.
 
+    With several processes each tries on a batch of its own, and those that the first has found are taken.
+
     Raises:
         ModuleNotFoundError: Without torch-pruning.
-        ValueError: As `find_channels`.
+        ValueError: As `find_channels`, or if there is no batch.
     """
-    with memory_advice(), scoring_batches(trainer, module, which, seed, needed=True) as (probes, _, _):
-        batch = next(iter(probes))
+    with memory_advice(), together(ValueError):
+        found = _trace(granularity, trainer, module, which, seed, prunable)
+    return of_first(found)
+
+
+def _trace(
+    granularity: Granularity,
+    trainer: Trainer,
+    module: LightningModule,
+    which: ProbeLoader,
+    seed: int,
+    prunable: list[str],
+) -> Traced:
+    with scoring_batches(trainer, module, which, seed, needed=True) as (probes, _, _):
+        batch = next(iter(probes), None)
+        if batch is None:
+            raise ValueError("the held-out loader gives no batch: at least one is needed to follow channels")
         loss = loss_function(trainer, module)
 
         def forward(model: nn.Module) -> Tensor:

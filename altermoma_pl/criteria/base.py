@@ -106,7 +106,7 @@ class Calibration:
                 difference = sorted(self.masks.keys() ^ self.masked.keys())
                 raise ValueError(
                     f"masks and prunable weights differ in {difference}: continue with the model, "
-                    f"modalities and prunable patterns that the masks were made for"
+                    f"modalities, prunable patterns and granularity that the masks were made for"
                 )
 
     @cached_property

@@ -30,14 +30,16 @@ class ChannelCalibration(Calibration):
         channels: The groups that `find_channels` found.
 
     Raises:
-        ValueError: As `Calibration`, or if parameters are sharded.
+        ValueError: As `Calibration`, if no channel of a modality can be removed, if earlier masks prune
+            something else than whole channels, or if parameters are sharded.
     """
 
     channels: Channels = field(kw_only=True)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         self._check_modalities()
+        super().__post_init__()
+        self._check_masks()
         if self.sharded:
             raise ValueError("channels of sharded parameters cannot be scored: use one device or DDP")
         # The weights to multiply with: those of now, also while a criterion trains or deactivates.
@@ -51,6 +53,17 @@ class ChannelCalibration(Calibration):
                 reasons = "; ".join(f"{name}: {why}" for name, why in self.channels.excluded.items())
                 raise ValueError(
                     f"no channel of modality {group!r} can be removed. {reasons or 'It has no such layer'}"
+                )
+
+    def _check_masks(self) -> None:
+        if self.masks is None:
+            return
+        whole = self.channels.to_masks(self.channels.kept(self.masks), self.masks)
+        for name, mask in self.masks.items():
+            if not torch.equal(mask, whole[name]):
+                raise ValueError(
+                    f"the mask of {name!r} prunes something else than whole channels: go on with the "
+                    f"granularity that it was made for, or start from a dense model"
                 )
 
     @cached_property

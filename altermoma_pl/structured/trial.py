@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -21,7 +22,9 @@ TOLERANCE = 1e-5
 def outputs_of(model: nn.Module, forward: Forward) -> list[Tensor]:
     """Copies of what the model returns, with the same random numbers each time."""
     seed_generators(0)
-    return [each.detach().clone() for each in tensors_of(forward(model))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a loss that broadcasts what has lost channels, for one
+        return [each.detach().clone() for each in tensors_of(forward(model))]
 
 
 def difference(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:

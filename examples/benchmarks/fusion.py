@@ -78,7 +78,7 @@ class Fusion(Benchmark):
 
     def train_dense(self, seed: int, folder: Path) -> Values:
         """Each sensor alone, then both."""
-        data, checkpoints, values = self._data(seed), {}, {}
+        data, checkpoints, values = self.data(seed), {}, {}
         for sensor in SENSORS:
             seed_everything(seed, verbose=False)
             alone = self._module(
@@ -100,19 +100,34 @@ class Fusion(Benchmark):
 
     def prune(self, seed: int, folder: Path, callback: AlterMOMACallback, num_epochs: int) -> Values:
         """Prune and fine-tune the dense model, with one cycle of the learning rate, or one a round."""
-        data, schedule = self._data(seed), callback.schedule
-        cycle = schedule.epochs_per_round if isinstance(schedule, Rewinding) else num_epochs
+        schedule = callback.schedule
+        cycle = schedule.epochs_per_round if isinstance(schedule, Rewinding) else None
+        data, model = self.data(seed), self.dense(seed, folder, cycle or num_epochs)
+        self.fine_tune(model, data, num_epochs, [callback])
+        return self.measure(model, data)
+
+    def dense(self, seed: int, folder: Path, cycle: int) -> FusionModule:
+        """The dense model, to be pruned and fine-tuned with cycles of the learning rate of so many epochs."""
         seed_everything(seed, verbose=False)
-        model = self._module(
-            data,
+        return self._module(
+            self.data(seed),
             weights=str(folder / "dense.ckpt"),
             learning_rate=self.pruning_learning_rate,
             decay_epochs=cycle,
         )
-        self._fit(model, data, num_epochs, [callback], limit_train_batches=self.pruning_batches)
+
+    def fine_tune(
+        self, model: FusionModule, data: DrivingData, num_epochs: int, callbacks: Sequence[AlterMOMACallback]
+    ) -> None:
+        """Train a dense or pruned model for some epochs."""
+        self._fit(model, data, num_epochs, callbacks, limit_train_batches=self.pruning_batches)
+
+    def measure(self, model: FusionModule, data: DrivingData) -> Values:
+        """All metrics, with both sensors and with each one failing."""
         return _values(self._views(model, data))
 
-    def _data(self, seed: int) -> DrivingData:
+    def data(self, seed: int) -> DrivingData:
+        """The scenes of a seed."""
         grid = BEVGrid(0.0, self.extent, -self.extent / 2, self.extent / 2, self.cell)
         data = DrivingData(
             num_train=self.num_train,

@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from jsonargparse import ArgumentParser
+from lightning import Trainer
 
-from altermoma_pl import AlterEva, AlterMOMACallback, Cubic
+from altermoma_pl import AlterEva, AlterMOMACallback, Channel, Cubic, Magnitude, NofM
 from altermoma_pl.cli import main
+from altermoma_pl.granularity import parse_granularity
 from examples.data.datamodule import DrivingData
 from examples.models.fusion import FusionModel
+from examples.models.module import FusionModule
 from examples.train import MODALITIES, VIEWS, Epochs, run
 
 ROOT = Path(__file__).parents[2]
@@ -160,3 +163,29 @@ def test_fit_configuration_prunes_a_dense_checkpoint(result, cache, tmp_path, mo
     )
     assert "sparsity 0.9000" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("overlay", "granularity", "sparsity"),
+    [("channel_30", Channel(), 0.3), ("channel_50", Channel(), 0.5), ("two_four", NofM(2, 4), 0.5)],
+)
+def test_overlays_prune_what_they_say(cache, tmp_path, overlay, granularity, sparsity):
+    parser = ArgumentParser()
+    parser.add_function_arguments(run, as_positional=False)
+    parser.add_argument("--config", action="config")
+    files = [f"--config={CONFIGS / name}.yaml" for name in ("synthetic", overlay)]
+    callback = parser.instantiate(parser.parse_args(files)).pruning
+    assert parse_granularity(callback.granularity) == granularity
+    assert (callback.sparsity, callback.criterion.num_probe_batches) == (sparsity, 8)
+
+    data = tiny_data(cache)
+    data.prepare_data()
+    data.setup()
+    names = list(data.map_classes)
+    module = FusionModule(image_size=SIZE, num_map_classes=len(names), map_classes=names, grid=data.grid)
+    trainer = Trainer(fast_dev_run=1, accelerator="cpu", logger=False, enable_progress_bar=False)
+    trainer.callbacks.append(callback)
+    callback.criterion = Magnitude()
+    trainer.fit(module, datamodule=data)
+    event = callback.events[-1]
+    assert event.get("channels", event["sparsity"]) == pytest.approx(sparsity, abs=0.02)

@@ -1,0 +1,102 @@
+"""What a granularity is: what is pruned as one piece, and from scores to masks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from altermoma_pl.criteria import Criterion
+from altermoma_pl.masks import Masks
+from altermoma_pl.sparsity import Scope
+from altermoma_pl.structured import Channels, FlopModel
+from altermoma_pl.structured.tracing import Forward
+
+Sparsity = float | dict[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Traced:
+    """The channels of a model, and what they compute."""
+
+    channels: Channels
+    flops: FlopModel
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """What scores are ranked within.
+
+    Args:
+        masks: What earlier events left.
+        group_of: Masked parameter -> its modality or "shared".
+        scope: Over what scores compete.
+        min_density: Share of each tensor, or group of channels, that stays whatever its scores.
+        tie_breaker: Second scores, of weights.
+        traced: The channels, where those are pruned.
+        input_dims: Parameter name -> its dimension of inputs, 1 if left out, for blocks of those.
+    """
+
+    masks: Masks
+    group_of: Mapping[str, str]
+    scope: Scope
+    min_density: float
+    tie_breaker: Mapping[str, Tensor] | None = None
+    traced: Traced | None = None
+    input_dims: Mapping[str, int] | None = None
+
+
+class Granularity(ABC):
+    """What is pruned as one piece."""
+
+    by_channel = False
+    """Whether scores are those of channels, so that the model must be traced."""
+
+    shardable = False
+    """Whether parameters may be sharded over processes."""
+
+    def trace(self, model: nn.Module, forward: Forward, prunable: list[str]) -> Traced:
+        """The channels of a model, where those are pruned."""
+        raise NotImplementedError(f"{type(self).__name__} needs no channels")
+
+    @abstractmethod
+    def check(self, criterion: Criterion, sparsity: Sparsity, scope: Scope, min_density: float) -> None:
+        """Raise a `ValueError` if these cannot go together."""
+
+    @abstractmethod
+    def masks(self, scores: Mapping[str, Tensor], sparsity: Sparsity, ranking: Ranking) -> Masks:
+        """What stays.
+
+        Raises:
+            ValueError: If scores are not finite, or the sparsity cannot be reached.
+        """
+
+    @abstractmethod
+    def pruned(self, ranking: Ranking, by_modality: bool) -> Sparsity:
+        """The share that is pruned already, in what the sparsity counts; for each modality if asked for.
+
+        A target up to this share changes nothing.
+        """
+
+    @abstractmethod
+    def shortfall(self, sparsity: Sparsity, ranking: Ranking) -> str:
+        """What is missing to the sparsity, in words; empty if nothing is.
+
+        Raises:
+            ValueError: If it can never be reached.
+        """
+
+
+def shares_pruned(
+    kept: Mapping[str, int], sizes: Mapping[str, int], group_of: Mapping[str, str]
+) -> dict[str, float]:
+    """Group -> share that is pruned."""
+    left: dict[str, int] = {}
+    all_: dict[str, int] = {}
+    for name, size in sizes.items():
+        group = group_of[name]
+        left[group] = left.get(group, 0) + kept[name]
+        all_[group] = all_.get(group, 0) + size
+    return {group: 1 - left[group] / total for group, total in all_.items()}

@@ -1,0 +1,108 @@
+"""Single weights, and N of every M."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from altermoma_pl.criteria import Criterion
+from altermoma_pl.criteria.computed import Computed
+from altermoma_pl.granularity.base import Granularity, Ranking, Sparsity, shares_pruned
+from altermoma_pl.masks import Masks
+from altermoma_pl.patterns import Pattern, keep_n_of_m
+from altermoma_pl.sparsity import Scope, top_k
+
+
+@dataclass(frozen=True)
+class Weight(Granularity):
+    """Single weights: the sparsity is the share of weights, exactly."""
+
+    shardable = True
+
+    def check(self, criterion: Criterion, sparsity: Sparsity, scope: Scope, min_density: float) -> None:
+        """Everything goes."""
+
+    def masks(self, scores: Mapping[str, Tensor], sparsity: Sparsity, ranking: Ranking) -> Masks:
+        """Those with the highest scores."""
+        return top_k(
+            scores,
+            sparsity,
+            ranking.scope,
+            ranking.masks,
+            ranking.min_density,
+            ranking.group_of,
+            ranking.tie_breaker,
+        )
+
+    def pruned(self, ranking: Ranking, by_modality: bool) -> Sparsity:
+        """Share of zeros."""
+        if not by_modality:
+            return ranking.masks.sparsity
+        return shares_pruned(
+            ranking.masks.counts,
+            {name: mask.numel() for name, mask in ranking.masks.items()},
+            ranking.group_of,
+        )
+
+    def shortfall(self, sparsity: Sparsity, ranking: Ranking) -> str:
+        """By the exact count, which does not depend on scores."""
+        masks = ranking.masks
+        equal = Computed(masks, lambda name: torch.zeros_like(masks[name], dtype=torch.float32))
+        final = self.masks(equal, sparsity, ranking).num_kept
+        kept = masks.num_kept
+        return f"{kept} weights are left, and the target keeps {final}" if kept > final else ""
+
+
+@dataclass(frozen=True)
+class NofM(Weight):
+    """N of every M consecutive weights along the inputs of a layer stay, as sparse tensor cores want them.
+
+    The sparsity must be 1 - n / m; earlier events of a schedule prune less, within the pattern. Layers whose
+    inputs cannot be divided by m, such as a first one, are an error: leave them out by `prunable`.
+
+    Args:
+        n: Weights that stay of each block.
+        m: Weights of a block.
+
+    Raises:
+        ValueError: If not 1 <= n < m.
+    """
+
+    n: int = 2
+    m: int = 4
+
+    shardable = False
+
+    def __post_init__(self) -> None:
+        Pattern(self.n, self.m)
+
+    def check(self, criterion: Criterion, sparsity: Sparsity, scope: Scope, min_density: float) -> None:
+        """The pattern says how many stay, and where."""
+        pattern = Pattern(self.n, self.m)
+        if sparsity != pattern.sparsity:
+            raise ValueError(
+                f"{pattern} prunes a share of {pattern.sparsity}: set sparsity to that, got {sparsity}"
+            )
+        if scope != "global":
+            raise ValueError(f"{pattern} prunes every block alike: choose the scope 'global', got {scope!r}")
+        if min_density > 1 - pattern.sparsity:
+            raise ValueError(
+                f"{pattern} keeps {1 - pattern.sparsity:g} of each tensor, less than "
+                f"min_density={min_density:g}: lower min_density"
+            )
+
+    def masks(self, scores: Mapping[str, Tensor], sparsity: Sparsity, ranking: Ranking) -> Masks:
+        """The best of each block; the worst of all while less than the pattern is pruned."""
+        if isinstance(sparsity, dict):
+            raise TypeError(f"a pattern has one sparsity, got {sparsity}")
+        dims = {name: dim for name, dim in (ranking.input_dims or {}).items() if name in scores}
+        return keep_n_of_m(scores, Pattern(self.n, self.m), sparsity, ranking.masks, dims)
+
+
+def input_dims(model: nn.Module) -> dict[str, int]:
+    """Parameter name -> the dimension of its inputs, of those where it is not 1."""
+    transposed = nn.modules.conv._ConvTransposeNd
+    return {f"{path}.weight": 0 for path, module in model.named_modules() if isinstance(module, transposed)}

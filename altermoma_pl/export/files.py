@@ -67,12 +67,13 @@ def to_onnx(
     Raises:
         ModuleNotFoundError: The extra `export` is not installed.
         ValueError: The model does not accept the example, cannot be traced, has no counterpart in ONNX or
-            not in this opset; the message says where.
+            not in this opset, or an output has the name of an input; the message says where.
     """
     _require("onnx", "onnxscript")
     path = _ready(path)
     with restored(model), quiet():
         program, inputs, outputs = trace(model, example_inputs, dynamic)
+        _check_names(model, inputs, outputs)
         try:
             converted = torch.onnx.export(
                 program,
@@ -140,6 +141,15 @@ def check_onnx(path: str | Path, model: nn.Module, inputs: Any, tolerance: float
                 f"{type(model).__name__}; {tolerance:g} is allowed"
             )
     return max(differences.values())
+
+
+def _check_names(model: nn.Module, inputs: list[str], outputs: list[str]) -> None:
+    both = [name for name in outputs if name in inputs]
+    if both:
+        raise ValueError(
+            f"the outputs {both} of {type(model).__name__} have the names of inputs, which ONNX does not "
+            "allow: rename these entries, or the arguments or entries of the inputs"
+        )
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:

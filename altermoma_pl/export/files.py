@@ -99,6 +99,10 @@ def to_onnx(
 def check_onnx(path: str | Path, model: nn.Module, inputs: Any, tolerance: float = 1e-4) -> float:
     """Compare the outputs of an ONNX file, by onnxruntime on the CPU, with those of the model in eval mode.
 
+    It runs on one thread: on several, onnxruntime gives another result each time for sums by repeated indices
+    that were exported as ScatterND, `index_add` of torch among them. Deploy such a model with one thread, too
+    (`SessionOptions.intra_op_num_threads`), or write it with `scatter_add`.
+
     Args:
         path: The file, of `to_onnx`.
         model: The model, on the CPU.
@@ -118,7 +122,10 @@ def check_onnx(path: str | Path, model: nn.Module, inputs: Any, tolerance: float
     with restored(model), torch.no_grad():
         expected = output_tensors(model.eval()(*map_inputs(model, inputs, lambda _, tensor: tensor)))
     tensors = example_tensors(model, inputs)
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    # With several threads, its ScatterND loses summands where indices repeat (microsoft/onnxruntime#23396).
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     wanted = [each.name for each in session.get_inputs()]
     names = [each.name for each in session.get_outputs()]
     if not set(wanted) <= set(tensors) or set(names) != set(expected):

@@ -13,9 +13,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import altermoma_pl.figures as figures
 from altermoma_pl.callback import AlterMOMACallback
-from altermoma_pl.checkpoints import load_pruning_states
-from altermoma_pl.exporting import SUFFIXES, export
+from altermoma_pl.checkpoints import load_checkpoint, pruning_states_of
+from altermoma_pl.exporting import SUFFIXES, SlimReport, export
 from altermoma_pl.report import SparsityReport
+from altermoma_pl.structured.rebuilding import KEY
 
 _DESCRIPTION = (
     "Train and prune a fusion model. `altermoma report CHECKPOINT` shows what a checkpoint of a pruned "
@@ -100,7 +101,7 @@ def _compare(arguments: list[str]) -> None:
 
 def _export(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser("altermoma export", description=_EXPORT)
-    parser.add_argument("checkpoint", help="saved by a Trainer with AlterMOMACallback")
+    parser.add_argument("checkpoint", help="saved by a Trainer with AlterMOMACallback, or of a slim model")
     parser.add_argument(
         "--config", required=True, metavar="YAML", help="with `model:` and, for inputs, `data:`"
     )
@@ -109,7 +110,9 @@ def _export(arguments: list[str]) -> None:
     parser.add_argument(
         "--recalibrate", type=int, default=0, metavar="N", help="batch norms, on N training batches"
     )
-    parser.add_argument("--validate", action="store_true", help="validate the masked and the slim model")
+    parser.add_argument(
+        "--validate", action="store_true", help="the masked and the slim model, beside their costs"
+    )
     parser.add_argument("--opset", type=int, help="of ONNX")
     parser.add_argument("--repeats", type=int, default=20, help="of each latency; 0: measure no costs")
     parser.add_argument("--trust", action="store_true", help="load a checkpoint that holds other objects")
@@ -127,23 +130,41 @@ def _export(arguments: list[str]) -> None:
 
 def _report(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser("altermoma report", description="What a pruned checkpoint keeps.")
-    parser.add_argument("checkpoint", help="saved by a Trainer with AlterMOMACallback")
+    parser.add_argument(
+        "checkpoint", help="saved by a Trainer with AlterMOMACallback, or written by altermoma export"
+    )
     parser.add_argument("--format", choices=("table", "json", "csv"), default="table")
     parser.add_argument("--figures", metavar="FOLDER", help="also write figures there (needs matplotlib)")
     parser.add_argument("--trust", action="store_true", help="load a checkpoint that holds other objects")
     options = parser.parse_args(arguments)
     try:
-        states = load_pruning_states(options.checkpoint, options.trust)
+        saved = load_checkpoint(options.checkpoint, options.trust)
+        if KEY in saved:
+            _report_slim(SlimReport.of(saved[KEY]), options, parser)
+            return
+        states = pruning_states_of(saved, options.checkpoint)
         reports = {name: state.report() for name, state in states.items()}
     except (OSError, ValueError) as error:
         parser.error(str(error))
     sys.stdout.write(_FORMATS[options.format](reports).rstrip() + "\n")
     if options.figures:
-        if not figures.available():
-            parser.error("--figures needs matplotlib: pip install 'altermoma-pl[plot]'")
+        _check_figures(parser)
         for name, state in states.items():
             drawn = figures.draw(reports[name], state.events, state.components, state.masks)
             figures.save(drawn, Path(options.figures) / name)
+
+
+def _report_slim(report: SlimReport, options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    formats = {"table": report.to_text, "json": report.to_json, "csv": report.to_csv}
+    sys.stdout.write(formats[options.format]().rstrip() + "\n")
+    if options.figures:
+        _check_figures(parser)
+        figures.save(report.draw(), Path(options.figures))
+
+
+def _check_figures(parser: argparse.ArgumentParser) -> None:
+    if not figures.available():
+        parser.error("--figures needs matplotlib: pip install 'altermoma-pl[plot]'")
 
 
 def _tables(reports: dict[str, SparsityReport]) -> str:

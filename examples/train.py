@@ -5,12 +5,14 @@
 `run` is what `quickstart.py` calls; every argument can stand in the YAML or be given as a flag.
 """
 
+import inspect
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import yaml
 from lightning import Callback, Trainer, seed_everything
 from rich.console import Console
 from rich.table import Table
@@ -86,7 +88,8 @@ def run(
         pruning_learning_rate: While pruning and fine-tuning.
         dense: Checkpoint of a dense fusion model (`dense.ckpt` of an earlier run): skips the first
             three stages.
-        output_dir: For checkpoints, figures and results.
+        output_dir: For checkpoints, figures, results, and `model.yaml`, by which `altermoma export` makes the
+            model of the checkpoints.
         seed: Of weights and everything random in training.
         accelerator: As for Lightning's Trainer.
         progress_bar: Whether to show Lightning's progress bars.
@@ -94,16 +97,17 @@ def run(
     folder = Path(output_dir)
     data.prepare_data()
     data.setup()
+    shape: dict[str, Any] = {
+        "size": size,
+        "num_map_classes": len(data.map_classes),
+        "map_classes": list(data.map_classes),
+        "image_size": data.image_size,
+        "grid": data.grid,
+    }
+    _save_configuration(folder, shape, data)
 
-    def module(**options: object) -> FusionModule:
-        return FusionModule(
-            size=size,
-            num_map_classes=len(data.map_classes),
-            map_classes=list(data.map_classes),
-            image_size=data.image_size,
-            grid=data.grid,
-            **options,  # type: ignore[arg-type]
-        )
+    def module(**options: Any) -> FusionModule:
+        return FusionModule(**shape, **options)
 
     def train(name: str, model: FusionModule, num_epochs: int, callbacks: list[Callback]) -> None:
         print(f"{name}: {num_epochs} epochs", flush=True)
@@ -146,6 +150,21 @@ def run(
     result = Result(alone, dense_metrics, pruned_metrics, pruning.report(), folder)
     _save(result)
     return result
+
+
+def _save_configuration(folder: Path, shape: dict[str, Any], data: DrivingData) -> None:
+    names = inspect.signature(DrivingData).parameters
+    arguments = {FusionModule: shape, DrivingData: {name: getattr(data, name) for name in names}}
+    model, datamodule = (
+        {
+            "class_path": f"{kind.__module__}.{kind.__qualname__}",
+            # Through json, since YAML has no tuples.
+            "init_args": json.loads(json.dumps(options, default=asdict)),
+        }
+        for kind, options in arguments.items()
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.yaml").write_text(yaml.safe_dump({"model": model, "data": datamodule}, sort_keys=False))
 
 
 def _save(result: Result) -> None:

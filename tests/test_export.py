@@ -285,6 +285,39 @@ def test_an_output_of_another_type_is_refused(tmp_path):
         to_onnx(Opaque(), pair()[0], tmp_path / "model")
 
 
+class Repeating(nn.Module):
+    """Gives one tensor twice, and an input as it came, all by the names given."""
+
+    def __init__(self, *names):
+        super().__init__()
+        self.names = names
+
+    def forward(self, x):
+        y = x.sin()
+        return dict(zip(self.names, (y, y, x), strict=True))
+
+
+def test_a_tensor_that_is_given_twice_and_an_input_as_it_came(tmp_path):
+    import onnx
+
+    model = Repeating("first", "second", "same")
+    path = to_onnx(model, pair()[0], tmp_path / "model.onnx")
+    onnx.checker.check_model(path)
+    assert check_onnx(path, model, pair(3)[0]) < 1e-6
+
+
+def test_an_output_with_the_name_of_an_input_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"outputs \['x'\] of Repeating have the names of inputs"):
+        to_onnx(Repeating("first", "second", "x"), pair()[0], tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+    assert to_torch_export(Repeating("first", "second", "x"), pair()[0], tmp_path / "model.pt2").exists()
+
+
+def test_two_outputs_of_one_name_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="two outputs are named '0'"):
+        to_onnx(Repeating("0", 0, "same"), pair()[0], tmp_path / "model")
+
+
 def test_an_operator_that_onnx_lacks_is_named(tmp_path):
     class Inverse(nn.Module):
         def forward(self, x):

@@ -67,12 +67,13 @@ def to_onnx(
     Raises:
         ModuleNotFoundError: The extra `export` is not installed.
         ValueError: The model does not accept the example, cannot be traced, has no counterpart in ONNX or
-            not in this opset; the message says where.
+            not in this opset, or an output has the name of an input; the message says where.
     """
     _require("onnx", "onnxscript")
     path = _ready(path)
     with restored(model), quiet():
         program, inputs, outputs = trace(model, example_inputs, dynamic)
+        _check_names(model, inputs, outputs)
         try:
             converted = torch.onnx.export(
                 program,
@@ -98,6 +99,10 @@ def to_onnx(
 def check_onnx(path: str | Path, model: nn.Module, inputs: Any, tolerance: float = 1e-4) -> float:
     """Compare the outputs of an ONNX file, by onnxruntime on the CPU, with those of the model in eval mode.
 
+    It runs on one thread: on several, onnxruntime gives another result each time for sums by repeated indices
+    that were exported as ScatterND, `index_add` of torch among them. Deploy such a model with one thread, too
+    (`SessionOptions.intra_op_num_threads`), or write it with `scatter_add`.
+
     Args:
         path: The file, of `to_onnx`.
         model: The model, on the CPU.
@@ -117,7 +122,10 @@ def check_onnx(path: str | Path, model: nn.Module, inputs: Any, tolerance: float
     with restored(model), torch.no_grad():
         expected = output_tensors(model.eval()(*map_inputs(model, inputs, lambda _, tensor: tensor)))
     tensors = example_tensors(model, inputs)
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    # With several threads, its ScatterND loses summands where indices repeat (microsoft/onnxruntime#23396).
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     wanted = [each.name for each in session.get_inputs()]
     names = [each.name for each in session.get_outputs()]
     if not set(wanted) <= set(tensors) or set(names) != set(expected):
@@ -140,6 +148,15 @@ def check_onnx(path: str | Path, model: nn.Module, inputs: Any, tolerance: float
                 f"{type(model).__name__}; {tolerance:g} is allowed"
             )
     return max(differences.values())
+
+
+def _check_names(model: nn.Module, inputs: list[str], outputs: list[str]) -> None:
+    both = [name for name in outputs if name in inputs]
+    if both:
+        raise ValueError(
+            f"the outputs {both} of {type(model).__name__} have the names of inputs, which ONNX does not "
+            "allow: rename these entries, or the arguments or entries of the inputs"
+        )
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:

@@ -42,10 +42,16 @@ def example_tensors(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
 
 
 def output_tensors(output: Any) -> dict[str, Tensor]:
-    """The tensors of a model's output by their path, "objects.heatmap", or "output" for a plain one."""
+    """The tensors of a model's output by their path, "objects.heatmap", or "output" for a plain one.
+
+    Raises:
+        ValueError: There is something of another type, or two tensors have the same path.
+    """
     tensors: dict[str, Tensor] = {}
 
     def note(name: str, tensor: Tensor) -> Tensor:
+        if name in tensors:
+            raise ValueError(f"two outputs are named {name!r}: rename an entry")
         tensors[name] = tensor
         return tensor
 

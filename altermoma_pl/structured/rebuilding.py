@@ -15,17 +15,23 @@ KEY = "slim"
 """The entry of a checkpoint that says how its model differs from the dense one."""
 
 
-def slim_entry(attributes: Attributes, widths: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+def slim_entry(
+    attributes: Attributes,
+    widths: Mapping[str, tuple[int, int]],
+    modalities: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """What a checkpoint of a slim model holds beside its weights, of builtins only.
 
     Args:
         attributes: Module path -> attributes that differ from the dense model's.
         widths: Group of channels -> (how many stay, of how many).
+        modalities: Group of channels -> its modality or "shared", as far as known.
     """
     return {
         "format": FORMAT,
         "attributes": {path: dict(values) for path, values in attributes.items()},
         "widths": {name: list(width) for name, width in widths.items()},
+        "modalities": dict(modalities or {}),
     }
 
 

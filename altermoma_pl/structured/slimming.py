@@ -31,6 +31,7 @@ class Slim:
         difference: Largest difference between its outputs and those of the masked model, relative.
         widths: Group of channels -> (how many stay, of how many).
         still_masked: Layer -> why channels that masks prune are still there, as zeros.
+        channels: All groups of the dense model.
     """
 
     model: nn.Module
@@ -39,6 +40,7 @@ class Slim:
     difference: float
     widths: Mapping[str, tuple[int, int]]
     still_masked: Mapping[str, str] = field(default_factory=dict)
+    channels: Channels = field(default_factory=lambda: Channels(()))
 
 
 def slim(
@@ -104,6 +106,7 @@ def slim(
         gap,
         {name: (int(flags.sum()), len(flags)) for name, flags in kept.items()},
         _still_masked(masks, resizing, channels),
+        channels,
     )
 
 

@@ -91,11 +91,9 @@ def _couplings(graph: Any, model: nn.Module) -> Iterator[Coupling]:
             }
 
         first, last = ports(0), ports(width - 1)
-        if {key: len(p.positions) for key, p in first.items()} == {
-            k: len(p.positions) for k, p in last.items()
-        }:
+        if _lengths(first) == _lengths(last) and first[module, "out"].positions == [0]:
             coupled = ports(*range(width))
-        else:  # part of the outputs goes another way: asked at once, the graph takes minutes
+        else:  # outputs part, or are coupled with each other: asked at once, the graph takes minutes
             coupled = _merged(ports(channel) for channel in range(width))
         seen |= {port.module for port in coupled.values() if port.side == "out"}
         yield Coupling(width, list(coupled.values()))
@@ -104,6 +102,10 @@ def _couplings(graph: Any, model: nn.Module) -> Iterator[Coupling]:
 def _port(item: Any, graph: Any) -> Port:
     side = "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
     return Port(item.dep.target.module, side, list(item.idxs), list(item.root_idxs))
+
+
+def _lengths(ports: Mapping[tuple[Any, str], Port]) -> dict[tuple[Any, str], int]:
+    return {key: len(port.positions) for key, port in ports.items()}
 
 
 def _merged(parts: Iterable[dict[tuple[Any, str], Port]]) -> dict[tuple[Any, str], Port]:

@@ -104,7 +104,9 @@ class LiftSplat(nn.Module):
                 lifted = depth.flatten(2)[..., None] * context.flatten(2).transpose(1, 2)[:, None]
             # One more cell than the maps have: the dump for everything outside.
             pooled = lifted.new_zeros(batch * nx * ny + 1, self.channels)
-            pooled = pooled.index_add(0, cells, lifted.flatten(0, 2))[:-1]
+            lifted = lifted.flatten(0, 2)
+            # Not index_add: onnxruntime sums its ONNX wrongly on several threads.
+            pooled = pooled.scatter_add(0, cells[:, None].expand_as(lifted), lifted)[:-1]
         # (B*nx*ny, C) -> (B, C, nx, ny), channels last in memory as it comes
         return pooled.view(batch, nx, ny, self.channels).permute(0, 3, 1, 2)
 

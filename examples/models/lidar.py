@@ -66,9 +66,10 @@ class Pillars(nn.Module):
         """Features of the points, (N, 9), inside the grid each about [-1, 1]."""
         nx, ny = self.shape
         ones = torch.ones_like(points[:, :1])
-        sums = points.new_zeros(batch * nx * ny + 1, 4).index_add(
-            0, index, torch.cat([points[:, :3], ones], dim=1)
-        )[index]
+        summands = torch.cat([points[:, :3], ones], dim=1)
+        # Not index_add: onnxruntime sums its ONNX wrongly on several threads.
+        sums = points.new_zeros(batch * nx * ny + 1, 4)
+        sums = sums.scatter_add(0, index[:, None].expand_as(summands), summands)[index]
         to_mean = points[:, :3] - sums[:, :3] / sums[:, 3:]
         to_centre = cells - cells.floor() - 0.5
         extent = self.grid.x_max - self.grid.x_min

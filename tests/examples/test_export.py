@@ -60,10 +60,21 @@ def test_onnx_gives_the_same_on_real_frames(model, onnx_file, tmp_path):
     data.setup("fit")
     batch = next(iter(data.val_dataloader()))
     assert batch.points.shape[0] > 1000
-    assert check_onnx(onnx_file, model, batch) < 1e-4
+    assert check_onnx(onnx_file, model, batch) < 1e-5
 
 
-def test_torch_export_gives_the_same_on_other_batches(model, tmp_path):
+def test_sums_by_index_are_right_on_several_threads_of_onnxruntime(onnx_file):
+    import onnx
+
+    # On several threads onnxruntime's ScatterND is wrong now and then: no run can show that it never is.
+    operators = {node.op_type for node in onnx.load(onnx_file).graph.node}
+    assert "ScatterElements" in operators
+    assert "ScatterND" not in operators
+
+
+def test_torch_export_gives_the_same_on_other_batches(tmp_path):
+    torch.manual_seed(0)
+    model = FusionModel(size="tiny", image_size=IMAGE).eval()  # ONNX goes through the same trace in all sizes
     path = to_torch_export(model, batch_of(2, 100), tmp_path / "model.pt2")
     program = torch.export.load(path).module()
     for size in SIZES:

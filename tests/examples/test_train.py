@@ -1,5 +1,6 @@
 """The examples' entry points, run as a user runs them but on a few tiny frames."""
 
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from lightning import Trainer
 
 from altermoma_pl import AlterEva, AlterMOMACallback, Channel, Cubic, Magnitude, NofM
 from altermoma_pl.cli import main
+from altermoma_pl.export import check_onnx
+from altermoma_pl.exporting import Run
 from altermoma_pl.granularity import parse_granularity
 from examples.data.datamodule import DrivingData
 from examples.models.fusion import FusionModel
@@ -107,6 +110,28 @@ def test_run_repeats_bit_for_bit_from_a_dense_checkpoint(result, cache, tmp_path
 def test_report_reads_the_checkpoint(result, capsys):
     main(["report", str(result.output_dir / "pruned.ckpt"), "--format", "json"])
     assert json.loads(capsys.readouterr().out)["sparsity"] == pytest.approx(result.report.sparsity)
+
+
+def test_export_by_the_configuration_beside_the_checkpoint(result, cache, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    folder, output = result.output_dir, result.output_dir / "pruned.onnx"
+    config = str(folder / "model.yaml")
+    arguments = ["--config", config, "--format", "onnx", "--repeats", "1"]
+    main(["export", str(folder / "pruned.ckpt"), *arguments])
+    assert f"Written: {output}" in capsys.readouterr().out
+    model = FusionModel(num_map_classes=5, image_size=SIZE)
+    saved = torch.load(folder / "pruned.ckpt", weights_only=True)["state_dict"]
+    model.load_state_dict({name.removeprefix("model."): value for name, value in saved.items()})
+    data = tiny_data(cache)
+    data.setup()
+    batch = next(iter(data.calibration_dataloader()))
+    assert check_onnx(output, model, batch) < 1e-4
+
+
+def test_the_configuration_makes_the_same_data(result, cache):
+    first, second = Run.load(str(result.output_dir / "model.yaml")).data, tiny_data(cache)
+    names = inspect.signature(DrivingData).parameters
+    assert {name: getattr(first, name) for name in names} == {name: getattr(second, name) for name in names}
 
 
 @pytest.mark.filterwarnings("ignore:.* batches were asked for")

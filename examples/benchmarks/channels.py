@@ -29,6 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, so
 
 from altermoma_pl import AlterEva, AlterMOMACallback, Channel, Criterion, Cubic, Magnitude, slim
 from altermoma_pl.costs import CostReport, count_flops, measure
+from altermoma_pl.costs.timing import in_turns
+from altermoma_pl.export import example_tensors, to_onnx
 from examples.benchmarks.fusion import Fusion
 from examples.benchmarks.measuring import options
 from examples.data.batch import Batch
@@ -44,7 +46,7 @@ EVENTS = Cubic(0, 2)
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table of all seeds, and one of latencies for each."""
     arguments = options(
-        __doc__, argv, seeds=3, size="small", epochs=8, pruning_batches=128, folder="runs/channels", only=""
+        __doc__, argv, seeds=3, epochs=8, pruning_batches=128, folder="runs/channels", only=""
     )
     bench = Fusion(size="small", image_size=(96, 320), extent=38.4, cell=0.8)
     if arguments.quick:
@@ -85,7 +87,13 @@ def of_seed(bench: Fusion, seed: int, arguments: Namespace) -> list[dict[str, An
         metrics={name: {m: values[m] for m in METRICS} for name, (_, values) in models.made.items()},
     )
     Console(width=200).print(report.to_text(width=200), highlight=False)
-    return [row_of(name, seed, report) for name in models.made]
+    milliseconds = onnx_latency(models, repeats=5 if arguments.quick else 60)
+    dense = milliseconds["dense"]
+    rows = [row_of(name, seed, report) for name in models.made]
+    return [
+        row | {"ms, onnxruntime": (own := milliseconds[row["model"]]), "speed-up, onnxruntime": dense / own}
+        for row in rows
+    ]
 
 
 class Models:
@@ -142,6 +150,24 @@ class Models:
 
     def _measured(self, module: FusionModule) -> Made:
         return module, self.bench.measure(module, self.data)
+
+
+def onnx_latency(models: Models, repeats: int) -> dict[str, float]:
+    """Median milliseconds of each model as an ONNX file, batch 1, in turns, on as many threads as torch has."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    runs = {}
+    for name, (module, _) in models.made.items():
+        path = to_onnx(module, models.batches[8], models.folder / f"{name}.onnx")
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        tensors = example_tensors(module, models.batches[1])
+        feed = {each.name: tensors[each.name].numpy() for each in session.get_inputs()}
+        runs[name] = partial(session.run, None, feed)
+    return {
+        name: 1e3 * statistics.median(times) for name, times in in_turns(runs, repeats, warm_up=3).items()
+    }
 
 
 def first_batch(data: Any, size: int) -> Batch:

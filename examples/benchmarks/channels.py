@@ -153,7 +153,7 @@ class Models:
 
 
 def onnx_latency(models: Models, repeats: int) -> dict[str, float]:
-    """Median milliseconds of each model as an ONNX file, batch 1, in turns, on as many threads as torch has."""
+    """Median milliseconds of each model as an ONNX file, batch 1, in turns, on the threads that torch has."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

@@ -123,7 +123,7 @@ def check_onnx(path: str | Path, model: nn.Module, inputs: Any, tolerance: float
         expected = output_tensors(model.eval()(*map_inputs(model, inputs, lambda _, tensor: tensor)))
     tensors = example_tensors(model, inputs)
     options = onnxruntime.SessionOptions()
-    # With several threads, its ScatterND loses summands where indices repeat (microsoft/onnxruntime#23396).
+    # With several threads its ScatterND is not repeatable where indices repeat (microsoft/onnxruntime#23396).
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     wanted = [each.name for each in session.get_inputs()]

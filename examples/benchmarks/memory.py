@@ -23,6 +23,7 @@ import tempfile
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -221,10 +222,11 @@ def tensor_bytes() -> float:
     """Bytes of all tensors that are alive, memory that several share counted once."""
     storages = {}
     for each in gc.get_objects():
-        # Some have no memory: those of lazy layers, and of meta devices.
+        # Some have no memory: those of lazy layers, of meta devices, and those that tracing leaves behind.
         if issubclass(type(each), Tensor) and not is_lazy(each):
-            storage = each.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
+            with suppress(RuntimeError):
+                storage = each.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
     return float(sum(storages.values()))
 
 

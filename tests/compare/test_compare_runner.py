@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from altermoma_pl import AlterMOMACallback, Magnitude, OneShot, Random
+from altermoma_pl import AlterMOMACallback, Magnitude, OneShot, Random, Weight
 from altermoma_pl.compare import Method, compare
 from altermoma_pl.compare.grid import Cell
 from tests.compare.toy import METHODS, OPTIONS, Failing, Toy, notes, tables
@@ -169,10 +169,10 @@ def test_threads_are_those_asked_for_and_restored(tmp_path):
 
 
 def test_a_method_departs_from_the_common_options(tmp_path):
-    own = Method(Magnitude(), OneShot(1), num_epochs=3, scope="layer", min_density=0.1)
+    own = Method(Magnitude(), OneShot(1), num_epochs=3, scope="layer", min_density=0.1, granularity=Weight())
     summary = run(tmp_path, {"own": own, "common": Method(Magnitude())}, seeds=1, sparsities=[0.5])
     assert summary.grid.methods["own"] == own
-    assert summary.grid.methods["common"] == Method(Magnitude(), OneShot(), 2, "global", 0.0)
+    assert summary.grid.methods["common"] == Method(Magnitude(), OneShot(), 2, "global", 0.0, "weight")
     assert summary.over_seeds("own", 0.5, "epochs") == [3]
     assert [summary.over_seeds("own", 0.5, f"kept/{group}") for group in MODALITIES] == [[0.5], [0.5]]
 

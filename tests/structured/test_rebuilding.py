@@ -48,8 +48,13 @@ def test_what_is_tied_stays_so():
 
 
 def test_the_entry_by_hand():
-    entry = slim_entry({"a": {"out_channels": 3}}, {"a": (3, 8)})
-    assert entry == {"format": 1, "attributes": {"a": {"out_channels": 3}}, "widths": {"a": [3, 8]}}
+    entry = slim_entry({"a": {"out_channels": 3}}, {"a": (3, 8)}, {"a": "camera"})
+    assert entry == {
+        "format": 1,
+        "attributes": {"a": {"out_channels": 3}},
+        "widths": {"a": [3, 8]},
+        "modalities": {"a": "camera"},
+    }
 
 
 @pytest.mark.parametrize("entry", [None, {}, {"format": 2, "attributes": {}}, {"format": 1}, [1]])

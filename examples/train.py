@@ -67,7 +67,7 @@ class Result:
 def run(
     data: DrivingData,
     pruning: AlterMOMACallback,
-    size: Literal["tiny", "small", "large"] = "small",
+    size: Literal["tiny", "small", "medium", "large"] = "small",
     epochs: Epochs = Epochs(),
     learning_rate: float = 2e-3,
     pruning_learning_rate: float = 1e-3,
@@ -82,7 +82,7 @@ def run(
     Args:
         data: The data.
         pruning: The callback.
-        size: Of the model: "tiny" for benchmarks, "small" for a CPU, "large" for a GPU.
+        size: Of the model: "tiny" for benchmarks, "small" and "medium" for a CPU, "large" for a GPU.
         epochs: Length of each stage.
         learning_rate: Of pre-training and fusion.
         pruning_learning_rate: While pruning and fine-tuning.

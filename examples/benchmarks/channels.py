@@ -46,14 +46,22 @@ EVENTS = Cubic(0, 2)
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table of all seeds, and one of latencies for each."""
     arguments = options(
-        __doc__, argv, seeds=3, epochs=8, pruning_batches=128, folder="runs/channels", only=""
+        __doc__,
+        argv,
+        seeds=3,
+        epochs=8,
+        pruning_batches=128,
+        size="medium",
+        round_to=16,
+        folder="runs/channels",
+        only="",
     )
-    bench = Fusion(size="small", image_size=(96, 320), extent=38.4, cell=0.8)
+    bench = Fusion(size=arguments.size, image_size=(96, 320), extent=38.4, cell=0.8)
     if arguments.quick:
         bench = Fusion(
             num_train=16, num_val=4, num_calibration=8, camera_epochs=1, lidar_epochs=1, fusion_epochs=1
         )
-        arguments.epochs, arguments.pruning_batches, arguments.seeds = 3, 2, 1
+        arguments.epochs, arguments.pruning_batches, arguments.seeds, arguments.round_to = 3, 2, 1, 8
     bench = Fusion(**{**vars(bench), "pruning_batches": arguments.pruning_batches})
     warnings.simplefilter("ignore")
     rows = [row for seed in range(arguments.seeds) for row in of_seed(bench, seed, arguments)]
@@ -67,7 +75,7 @@ Made = tuple[FusionModule, Mapping[str, float]]
 
 def of_seed(bench: Fusion, seed: int, arguments: Namespace) -> list[dict[str, Any]]:
     """One row for each model of a seed: name, metrics, FLOPs, latencies."""
-    models = Models(bench, seed, Path(arguments.folder) / str(seed), arguments.epochs)
+    models = Models(bench, seed, Path(arguments.folder) / str(seed), arguments.epochs, arguments.round_to)
     models.add("dense", models.dense)
     models.add("dense, trained on", models.trained_on)
     steps = 4 if arguments.quick else 16
@@ -99,8 +107,9 @@ def of_seed(bench: Fusion, seed: int, arguments: Namespace) -> list[dict[str, An
 class Models:
     """The models of a seed; what was trained once is kept in a folder."""
 
-    def __init__(self, bench: Fusion, seed: int, folder: Path, epochs: int) -> None:
-        self.bench, self.seed, self.folder, self.epochs = bench, seed, folder, epochs
+    def __init__(self, bench: Fusion, seed: int, folder: Path, epochs: int, round_to: int) -> None:
+        self.bench, self.seed, self.folder = bench, seed, folder
+        self.epochs, self.round_to = epochs, round_to
         self.data = bench.data(seed)
         self.batches = {size: (first_batch(self.data, size),) for size in BATCHES}
         self.made: dict[str, Made] = {}
@@ -130,7 +139,13 @@ class Models:
         """Masked while it is fine-tuned, then slimmed."""
         modalities = {name: list(patterns) for name, patterns in self.bench.modalities.items()}
         callback = AlterMOMACallback(
-            modalities, share, criterion, EVENTS, granularity=Channel(), seed=self.seed, figures=False
+            modalities,
+            share,
+            criterion,
+            EVENTS,
+            granularity=Channel(round_to=self.round_to),
+            seed=self.seed,
+            figures=False,
         )
         module = self._dense()
         self.bench.fine_tune(module, self.data, self.epochs, [callback])
@@ -141,7 +156,7 @@ class Models:
 
     def torch_pruned(self, flops: float) -> Made:
         """Cut to these FLOPs, then fine-tuned."""
-        module = magnitude_pruned(self._dense(), self.batches[1], flops)
+        module = magnitude_pruned(self._dense(), self.batches[1], flops, self.round_to)
         self.bench.fine_tune(module, self.data, self.epochs, [])
         return self._measured(module)
 
@@ -176,7 +191,7 @@ def first_batch(data: Any, size: int) -> Batch:
     return batch
 
 
-def magnitude_pruned(module: FusionModule, inputs: tuple[Batch], flops: float) -> FusionModule:
+def magnitude_pruned(module: FusionModule, inputs: tuple[Batch], flops: float, round_to: int) -> FusionModule:
     """Pruned by Torch-Pruning's own group magnitudes, globally, to at most these FLOPs."""
     import torch_pruning
 
@@ -195,7 +210,7 @@ def magnitude_pruned(module: FusionModule, inputs: tuple[Batch], flops: float) -
             torch_pruning.importance.GroupMagnitudeImportance(p=2),
             global_pruning=True,
             pruning_ratio=ratio,
-            round_to=8,
+            round_to=round_to,
             ignored_layers=fixed,
             forward_fn=lambda model, batch: [*model(batch).objects, model(batch).map_logits],
         ).step()

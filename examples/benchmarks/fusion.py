@@ -47,7 +47,7 @@ class Fusion(Benchmark):
         cache_dir: Folder of the synthetic scenes.
     """
 
-    size: Literal["tiny", "small", "large"] = "tiny"
+    size: Literal["tiny", "small", "medium", "large"] = "tiny"
     image_size: tuple[int, int] = (48, 160)
     extent: float = 24.0
     cell: float = 1.0

@@ -94,49 +94,40 @@ class LiftSplat(nn.Module):
     def splat(self, depth: Tensor, context: Tensor, lidar_to_image: Tensor) -> Tensor:
         """Sum depth * context over the pixels and depths that fall in a cell: (B, C, nx, ny)."""
         batch, (nx, ny) = depth.shape[0], self.grid.shape
-        cells = self.cells(lidar_to_image)
-        with torch.autocast(depth.device.type, enabled=False):  # half precision sums lose mass
-            depth, context = depth.float(), context.float()
-            if self.by_column:
-                lifted, cells = self.sum_columns(depth, context, cells.view(depth.shape))
+        # Half precision sums lose mass, and half precision geometry misses the cell.
+        with torch.autocast(depth.device.type, enabled=False):
+            points = self.points(lidar_to_image)  # (B, 3, D, h, w)
+            z = points[:, 2]
+            depth = depth.float() * ((z >= Z_RANGE[0]) & (z < Z_RANGE[1]))
+            context = context.float()
+            if self.by_column:  # summed over the rows, which share the middle one's cell
+                # (B, w, D, h) @ (B, w, h, C) -> (B, w, D, C)
+                lifted = depth.permute(0, 3, 1, 2) @ context.permute(0, 3, 2, 1)
+                cells = self.cells(points[:, :2, :, depth.shape[2] // 2].transpose(2, 3))
             else:
-                # (B, D, h*w, 1) * (B, 1, h*w, C)
-                lifted = depth.flatten(2)[..., None] * context.flatten(2).transpose(1, 2)[:, None]
+                lifted = depth[..., None] * context.permute(0, 2, 3, 1)[:, None]  # (B, D, h, w, C)
+                cells = self.cells(points[:, :2])
+            lifted = lifted.reshape(-1, self.channels)
             # One more cell than the maps have: the dump for everything outside.
             pooled = lifted.new_zeros(batch * nx * ny + 1, self.channels)
-            lifted = lifted.flatten(0, 2)
             # Not index_add: onnxruntime sums its ONNX wrongly on several threads.
             pooled = pooled.scatter_add(0, cells[:, None].expand_as(lifted), lifted)[:-1]
         # (B*nx*ny, C) -> (B, C, nx, ny), channels last in memory as it comes
         return pooled.view(batch, nx, ny, self.channels).permute(0, 3, 1, 2)
 
-    def sum_columns(self, depth: Tensor, context: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum depth * context over the rows: under a level camera they share a cell, but for the dump.
-
-        Args:
-            depth: (B, D, h, w).
-            context: (B, C, h, w).
-            cells: (B, D, h, w), of which the dump is the largest possible.
-
-        Returns:
-            (B, D, w, C) and the cells, (B*D*w,).
-        """
-        dump = depth.shape[0] * self.grid.shape[0] * self.grid.shape[1]
-        rows = (depth * (cells < dump)).permute(0, 3, 1, 2)  # (B, w, D, h)
-        lifted = rows @ context.permute(0, 3, 2, 1)  # (B, w, D, C)
-        return lifted.transpose(1, 2), cells.amin(dim=2).flatten()
-
-    def cells(self, lidar_to_image: Tensor) -> Tensor:
-        """Flat cell index over (B, nx, ny) of every frustum point, (B*D*h*w,)."""
-        batch, (nx, ny) = lidar_to_image.shape[0], self.grid.shape
+    def points(self, lidar_to_image: Tensor) -> Tensor:
+        """Positions of the frustum's points in the LiDAR frame, metres: (B, 3, 4) -> (B, 3, D, h, w)."""
         a, b = lidar_to_image[:, :, :3], lidar_to_image[:, :, 3:]
         # d * [u, v, 1] = a x + b  =>  x = a^-1 (d * [u, v, 1] - b)
-        points = inverse(a) @ (self.frustum - b)  # (B, 3, D*h*w)
-        frame = torch.arange(batch, device=points.device)[:, None]
-        ground = to_cells(points[:, :2].transpose(1, 2), self.grid)  # (B, D*h*w, 2)
-        index, inside = flat_index(ground, frame, self.grid.shape)
-        z = points[:, 2]
-        inside &= (z >= Z_RANGE[0]) & (z < Z_RANGE[1])
+        points = inverse(a) @ (self.frustum.flatten(1) - b)  # (B, 3, D*h*w)
+        return points.unflatten(2, self.frustum.shape[1:])
+
+    def cells(self, ground: Tensor) -> Tensor:
+        """Flat cell index over (B, nx, ny) of positions (B, 2, ...), flat; outside one beyond the last."""
+        batch, (nx, ny) = ground.shape[0], self.grid.shape
+        frame = torch.arange(batch, device=ground.device)[:, None]
+        cells = to_cells(ground.flatten(2).transpose(1, 2), self.grid)  # (B, ..., 2)
+        index, inside = flat_index(cells, frame, self.grid.shape)
         return index.where(inside, batch * nx * ny).flatten()
 
     def depth_loss(self, depth: Tensor, batch: Batch) -> Tensor:
@@ -175,7 +166,7 @@ def inverse(a: Tensor) -> Tensor:
 
 
 def image_frustum(image_size: tuple[int, int], bins: int, step: float, stride: int = 8) -> Tensor:
-    """Points d * [u, v, 1] of the depth bins and the feature pixels, (3, D*h*w), D outermost."""
+    """Points d * [u, v, 1] of the depth bins and the feature pixels, (3, D, h, w)."""
     height, width = image_size
     if height % (2 * stride) or width % (2 * stride):
         raise ValueError(f"image_size must be multiples of {2 * stride} (height, width), got {image_size}.")
@@ -183,7 +174,7 @@ def image_frustum(image_size: tuple[int, int], bins: int, step: float, stride: i
     u = (torch.arange(width // stride) + 0.5) * stride
     depth = MIN_DEPTH + (torch.arange(bins) + 0.5) * step
     d, v, u = torch.meshgrid(depth, v, u, indexing="ij")
-    return torch.stack([d * u, d * v, d]).flatten(1)
+    return torch.stack([d * u, d * v, d])
 
 
 class CameraEncoder(nn.Module):

@@ -54,7 +54,7 @@ class FusionModel(nn.Module):
 
     Args:
         sensors: Which of "camera" and "lidar" the model sees.
-        size: "tiny" for benchmarks, "small" for a CPU, "large" for a GPU.
+        size: "tiny" for benchmarks, "small" and "medium" for a CPU, "large" for a GPU.
         num_object_classes: Number of object classes K.
         num_map_classes: Number of map classes S.
         image_size: (H, W), multiples of 16.
@@ -67,7 +67,7 @@ class FusionModel(nn.Module):
     def __init__(
         self,
         sensors: Sequence[str] = SENSORS,
-        size: Literal["tiny", "small", "large"] = "small",
+        size: Literal["tiny", "small", "medium", "large"] = "small",
         num_object_classes: int = len(CLASSES),
         num_map_classes: int = 1,
         image_size: tuple[int, int] = (96, 320),

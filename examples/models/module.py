@@ -27,7 +27,7 @@ class FusionModule(LightningModule):
 
     Args:
         sensors: Which of "camera" and "lidar" the model sees; one of them for pre-training.
-        size: "tiny" for benchmarks, "small" for a CPU, "large" for a GPU.
+        size: "tiny" for benchmarks, "small" and "medium" for a CPU, "large" for a GPU.
         num_map_classes: Number of map classes S of the batches.
         map_classes: Their names in the log; numbers if left out.
         learning_rate: Peak learning rate, after a linear warm-up and before a cosine decay to 0.
@@ -50,7 +50,7 @@ class FusionModule(LightningModule):
     def __init__(
         self,
         sensors: Sequence[str] = SENSORS,
-        size: Literal["tiny", "small", "large"] = "small",
+        size: Literal["tiny", "small", "medium", "large"] = "small",
         num_map_classes: int = 1,
         map_classes: list[str] | None = None,
         learning_rate: float = 1e-3,

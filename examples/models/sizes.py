@@ -14,7 +14,7 @@ class ModelSize:
     neck: int
     depth_step: float  # metres
     camera_bev: int  # channels of the lifted image
-    by_column: bool  # whether to sum the lifted image's columns first: cheap, for level cameras only
+    by_column: bool  # whether a lifted column of pixels falls in one cell: cheap, for level cameras
     pillar: int
     pillars_per_cell: int  # pillars along one side of a BEV cell
     lidar_widths: tuple[int, ...]  # at the BEV cell and twice the BEV cell
@@ -55,7 +55,7 @@ SIZES = {
         neck=48,
         depth_step=1.0,
         camera_bev=24,
-        by_column=False,
+        by_column=True,
         pillar=24,
         pillars_per_cell=2,
         lidar_widths=(64, 96),
@@ -64,6 +64,25 @@ SIZES = {
         fuser=32,
         decoder=48,
         head=32,
+    ),
+    # For a few CPU cores: twice the widths of "small", so that convolutions take most of the time.
+    "medium": ModelSize(
+        camera_stem=32,
+        camera_widths=(48, 96, 192),
+        camera_blocks=(2, 2, 2),
+        camera_strides=(2, 2, 2),
+        neck=96,
+        depth_step=1.0,
+        camera_bev=48,
+        by_column=True,
+        pillar=48,
+        pillars_per_cell=2,
+        lidar_widths=(128, 192),
+        lidar_blocks=(1, 4),
+        lidar_bev=64,
+        fuser=64,
+        decoder=96,
+        head=64,
     ),
     # For one GPU.
     "large": ModelSize(

@@ -1,5 +1,6 @@
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -85,8 +86,9 @@ def test_backbones_hold_most_of_the_weights():
     assert 0.8e6 < total < 1.5e6
 
 
-def test_lift_puts_a_pixel_into_its_cell():
-    splat = LiftSplat(SIZES["small"], IMAGE, GRID)
+@pytest.mark.parametrize("by_column", [True, False])
+def test_lift_puts_a_pixel_into_its_cell(by_column):
+    splat = LiftSplat(replace(SIZES["small"], by_column=by_column), IMAGE, GRID)
     depth = torch.zeros(2, splat.bins, 4, 8)
     context = torch.zeros(2, splat.channels, 4, 8)
     depth[1, 5, 1, 6] = 0.5  # bin 5: d = 1 + 5.5 = 6.5 m; pixel centre u = 52, v = 12
@@ -98,18 +100,19 @@ def test_lift_puts_a_pixel_into_its_cell():
     assert_close(splat.splat(depth, context, projection(position).expand(2, 3, 4)), expected)
 
 
-def test_lift_leaves_out_what_lies_outside():
-    splat = LiftSplat(SIZES["small"], IMAGE, GRID)
+@pytest.mark.parametrize("by_column", [True, False])
+def test_lift_leaves_out_what_lies_outside(by_column):
+    splat = LiftSplat(replace(SIZES["small"], by_column=by_column), IMAGE, GRID)
     depth, context = torch.ones(1, splat.bins, 4, 8), torch.ones(1, splat.channels, 4, 8)
     for far_away in ((20.0, 0.0, 0.0), (-20.0, 0.0, 0.0), (0.0, 30.0, 0.0), (0.0, 0.0, 20.0)):
         assert splat.splat(depth, context, projection(far_away)[None]).count_nonzero() == 0
 
 
 def test_frustum_projects_back_onto_itself():
-    frustum = image_frustum(IMAGE, bins=3, step=2.0)  # (3, 3 * 4 * 8)
-    assert_close(frustum[2, :: 4 * 8], torch.tensor([2.0, 4.0, 6.0]))
-    assert_close(frustum[:2, 0] / frustum[2, 0], torch.tensor([4.0, 4.0]))
-    assert_close(frustum[:2, -1] / frustum[2, -1], torch.tensor([60.0, 28.0]))
+    frustum = image_frustum(IMAGE, bins=3, step=2.0)  # (3, 3, 4, 8)
+    assert_close(frustum[2, :, 0, 0], torch.tensor([2.0, 4.0, 6.0]))
+    assert_close(frustum[:2, 0, 0, 0] / frustum[2, 0, 0, 0], torch.tensor([4.0, 4.0]))
+    assert_close(frustum[:2, -1, -1, -1] / frustum[2, -1, -1, -1], torch.tensor([60.0, 28.0]))
 
 
 def test_frustum_is_neither_parameter_nor_saved():
@@ -326,7 +329,7 @@ def test_evaluate_with_a_dropped_sensor_equals_evaluating_without_its_data():
         ({"sensors": []}, "sensors must be one or both of ('camera', 'lidar'), got ()."),
         ({"sensors": ["radar"]}, "one or both of ('camera', 'lidar'), got ('radar',)."),
         ({"sensors": ["camera", "camera"]}, "got ('camera', 'camera')."),
-        ({"size": "huge"}, "size must be one of ('tiny', 'small', 'large'), got 'huge'."),
+        ({"size": "huge"}, "size must be one of ('tiny', 'small', 'medium', 'large'), got 'huge'."),
         ({"num_map_classes": 0}, "must be at least 1, got 3 and 0."),
         ({"image_size": (90, 320)}, "must be multiples of 16 (height, width), got (90, 320)."),
     ],
@@ -379,7 +382,7 @@ def test_one_ring_in_four_is_kept():
 
 
 def test_summing_columns_first_changes_nothing_under_a_level_camera():
-    splat = LiftSplat(SIZES["small"], IMAGE, GRID)
+    splat = LiftSplat(replace(SIZES["small"], by_column=False), IMAGE, GRID)
     torch.manual_seed(0)
     depth, context = splat.lift(torch.randn(2, SIZES["small"].neck, 4, 8))
     view = torch.stack([projection(), projection((-0.5, 0.3, 0.2))])
@@ -387,6 +390,15 @@ def test_summing_columns_first_changes_nothing_under_a_level_camera():
     splat.by_column = True
     assert_close(splat.splat(depth, context, view), expected)
     assert expected.abs().max() > 0
+
+
+@pytest.mark.parametrize("by_column", [True, False])
+def test_lift_finds_the_same_cells_in_half_precision(by_column):
+    splat = LiftSplat(replace(SIZES["small"], by_column=by_column), IMAGE, GRID)
+    depth, context = torch.rand(1, splat.bins, 4, 8), torch.rand(1, splat.channels, 4, 8)
+    expected = splat.splat(depth, context, projection()[None])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(splat.splat(depth, context, projection()[None]), expected)
 
 
 def test_depth_loss_by_hand():

@@ -396,9 +396,10 @@ def test_summing_columns_first_changes_nothing_under_a_level_camera():
 def test_lift_finds_the_same_cells_in_half_precision(by_column):
     splat = LiftSplat(replace(SIZES["small"], by_column=by_column), IMAGE, GRID)
     depth, context = torch.rand(1, splat.bins, 4, 8), torch.rand(1, splat.channels, 4, 8)
-    expected = splat.splat(depth, context, projection()[None])
+    view = projection()[None]
+    expected = splat.splat(depth, context, view)
     with torch.autocast("cpu", torch.bfloat16):
-        assert_close(splat.splat(depth, context, projection()[None]), expected)
+        assert_close(splat.splat(depth, context, view), expected)
 
 
 def test_depth_loss_by_hand():

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from altermoma_pl.costs import count_flops, measure, peak_memory
+from altermoma_pl.costs import count_flops, measure, peak_memory, time_onnx
 from altermoma_pl.costs.measuring import quartiles
 from altermoma_pl.costs.timing import in_turns
+from altermoma_pl.export import example_tensors, to_onnx
 from tests.models import snapshot
 
 ROW = torch.ones(1, 4)
@@ -181,3 +182,13 @@ GOOD = {1: (ROW,)}
 def test_bad_input(given, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         measure(**{"models": NET, "inputs": GOOD, **given})
+
+
+def test_onnx_files_are_timed_in_rounds(tmp_path):
+    models = {"wide": nn.Linear(4, 64), "slim": nn.Linear(4, 8)}
+    images = torch.zeros(2, 4)
+    files = {name: to_onnx(model, (images,), tmp_path / name) for name, model in models.items()}
+    tensors = example_tensors(models["wide"], (images,)) | {"unused": torch.zeros(1)}
+    taken = time_onnx(files, tensors, repeats=4, warm_up=0)
+    assert {name: len(times) for name, times in taken.items()} == {"wide": 6, "slim": 6}
+    assert min(taken["wide"] + taken["slim"]) > 0

@@ -14,12 +14,14 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 from torch.testing import assert_close
+from torch.utils.data import DataLoader
 
 from altermoma_pl import AlterMOMACallback, Magnitude, OneShot, figures
 from altermoma_pl.callback.slimmed import Slimmed
 from altermoma_pl.cli import main
 from altermoma_pl.export import check_onnx
 from altermoma_pl.exporting import export
+from altermoma_pl.exporting.run import Run
 from altermoma_pl.structured.rebuilding import KEY, reshape_like_
 from tests.conv_models import Frames, TwoTowers, frames, stacked
 
@@ -234,7 +236,7 @@ def test_without_a_favourite_the_first_metrics_are_shown(channels, tmp_path):
     config = written(tmp_path, model={"class_path": "tests.conv_models.Quiet"}, data=DATA)
     exported = export(channels, config, output=str(tmp_path / "a.ckpt"), validate=True, repeats=1)
     assert list(exported.costs.costs["slim"].metrics) == [f"val_{number}" for number in range(8)]
-    assert exported.costs.batch == 3  # of its own example, not of the data
+    assert exported.costs.batch == 1
 
 
 def test_recalibration_of_a_model_that_takes_no_batch(channels, tmp_path):
@@ -246,7 +248,51 @@ def test_recalibration_of_a_model_that_takes_no_batch(channels, tmp_path):
 def test_without_data_the_example_of_the_module_is_taken(channels, tmp_path):
     config = written(tmp_path, model=MODEL | {"init_args": {"example": True}})
     exported = export(channels, config, "onnx", output=str(tmp_path / "a.onnx"), repeats=1)
-    assert exported.costs.batch == 3
+    assert measured_batches(exported) == [1, 8]
+
+
+def measured_batches(exported):
+    (batches,) = {tuple(own.batch for own in costs.latency) for costs in exported.costs.costs.values()}
+    return [*batches]
+
+
+def test_latencies_are_of_batches_of_1_and_8(channels, config, tmp_path):
+    exported = export(channels, config, "onnx", output=str(tmp_path / "a.onnx"), repeats=1)
+    assert measured_batches(exported) == [1, 8]
+    timed = [note for note in exported.notes if re.match(r"onnxruntime, batch \d+, \d+ threads?: ", note)]
+    assert [note.split(",")[1] for note in timed] == [" batch 1", " batch 8"]
+    assert all(re.search(r": [\d.]+ ms \[.*\], dense [\d.]+ ms: [\d.]+ times as fast\.$", n) for n in timed)
+
+
+def test_nothing_is_timed_without_repeats(channels, config, tmp_path):
+    exported = export(channels, config, "onnx", output=str(tmp_path / "a.onnx"), repeats=0)
+    assert exported.costs is None
+    assert not any("times as fast" in note for note in exported.notes)
+
+
+def test_batches_of_the_data_are_made_anew():
+    inputs = Run(TwoTowers(), Frames()).inputs_of((1, 3, 20))
+    assert [(size, len(frame.image)) for size, (frame,) in inputs.items()] == [(1, 1), (3, 3), (8, 8)]
+    assert torch.equal(inputs[3][0].image, stacked(frames(8, seed=1)[:3]).image)
+
+
+def test_batches_of_an_example_repeat_its_items():
+    module = TwoTowers(example=True)
+    (own,) = module.example_input_array
+    inputs = Run(module, Frames()).inputs_of((2, 4))
+    assert torch.equal(inputs[2][0].image, own.image[:2])
+    assert torch.equal(inputs[4][0].sweep, own.sweep[[0, 1, 2, 0]])
+
+
+def test_batches_that_cannot_be_made_anew_are_taken_as_they_are():
+    class Batched(Frames):
+        def val_dataloader(self):  # the dataset is of batches
+            return DataLoader([stacked(frames(5))], batch_size=None)
+
+    assert [*Run(TwoTowers(), Batched()).inputs_of((1, 8))] == [5]
+    module = TwoTowers()
+    module.example_input_array = (batch(2), torch.zeros(7))  # whose first dimension is no batch's, perhaps
+    assert [*Run(module, Frames()).inputs_of((1, 8))] == [2]
 
 
 # Mistakes.

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from altermoma_pl.callback import AlterMOMACallback
 from altermoma_pl.checkpoints import load_checkpoint, pruning_states_of
-from altermoma_pl.costs import CostReport, measure
+from altermoma_pl.costs import CostReport, measure, time_onnx
+from altermoma_pl.costs.measuring import quartiles
 from altermoma_pl.export import check_onnx, example_tensors, to_onnx, to_torch_export
 from altermoma_pl.exporting.run import Run
 from altermoma_pl.masks import Masks
@@ -23,6 +25,7 @@ from altermoma_pl.structured import Slim, owners, slim
 from altermoma_pl.structured.rebuilding import KEY, reshape_like_, slim_entry, slim_optimizer_states
 
 Format = Literal["checkpoint", "torch-export", "onnx"]
+BATCHES = (1, 8)  # of which latencies are measured
 SUFFIXES = {"checkpoint": ".slim.ckpt", "torch-export": ".pt2", "onnx": ".onnx"}
 
 
@@ -100,7 +103,7 @@ def export(
     if recalibrate:
         name, model = models.last
         models.by_name[f"{name}, recalibrated"] = run.recalibrated(model, recalibrate)
-    costs = _costs(models, run, inputs, repeats, validate) if repeats else None
+    costs = _costs(models, run, repeats, validate) if repeats else None
     path.parent.mkdir(parents=True, exist_ok=True)
     _, model = models.last
     if models.slimmed and format == "checkpoint":
@@ -111,6 +114,8 @@ def export(
         to_onnx(model, inputs, path, opset=opset)
         gap = check_onnx(path, model, inputs)
         models.notes.append(f"onnxruntime differs from torch by {gap:.1e}, relative to the outputs.")
+        if repeats:
+            models.notes += _onnx_times(path, models, run, inputs, opset, repeats)
     return Exported(path, costs, tuple(models.notes))
 
 
@@ -204,13 +209,31 @@ def _load(module: LightningModule, saved: Mapping[str, Any], path: str) -> None:
         ) from error
 
 
-def _costs(models: _Models, run: Run, inputs: tuple[Any, ...], repeats: int, validate: bool) -> CostReport:
+def _costs(models: _Models, run: Run, repeats: int, validate: bool) -> CostReport:
     metrics = {}
     if validate:
         metrics = {name: run.validated(model) for name, model in models.by_name.items() if name != "dense"}
-    first = next(iter(example_tensors(run.module, inputs).values()))
-    batch = max(1, len(first)) if first.ndim else 1
-    return measure(models.by_name, {batch: inputs}, repeats=repeats, metrics=metrics)
+    return measure(models.by_name, run.inputs_of(BATCHES), repeats=repeats, metrics=metrics)
+
+
+def _onnx_times(
+    path: Path, models: _Models, run: Run, inputs: tuple[Any, ...], opset: int | None, repeats: int
+) -> list[str]:
+    """A line for each batch size: the latency beside that of the dense model, which is written for this."""
+    notes, count = [], torch.get_num_threads()
+    threads = f"{count} thread{'s' * (count != 1)}"
+    with TemporaryDirectory() as folder:
+        dense = to_onnx(models.by_name["dense"], inputs, Path(folder) / "dense.onnx", opset=opset)
+        for batch, example in run.inputs_of(BATCHES).items():
+            tensors = example_tensors(run.module, example)
+            taken = time_onnx({"dense": dense, "file": path}, tensors, repeats)
+            low, median, high = (1e3 * value for value in quartiles(taken["file"]))
+            reference = 1e3 * quartiles(taken["dense"])[1]
+            notes.append(
+                f"onnxruntime, batch {batch}, {threads}: {median:.2f} ms "
+                f"[{low:.2f}, {high:.2f}], dense {reference:.2f} ms: {reference / median:.2f} times as fast."
+            )
+    return notes
 
 
 def _slim_checkpoint(

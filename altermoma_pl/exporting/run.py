@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader
 
+from altermoma_pl.export.tensors import example_tensors, map_inputs
 from altermoma_pl.structured.recalibration import recalibrate_
 
 MAX_METRICS = 8
@@ -73,8 +79,37 @@ class Run:
                 f"example inputs are missing: give `data:` in the configuration, or "
                 f"{type(self.module).__name__} an attribute `example_input_array`"
             )
+        return (next(iter(self._val_loader())),)
+
+    def inputs_of(self, sizes: Sequence[int]) -> dict[int, tuple[Any, ...]]:
+        """Batch size -> arguments of `forward`, of these sizes where batches can be made anew.
+
+        That is where `example_input_array` is of tensors with one first dimension, of which items are then
+        left out or repeated, or where the data comes from a `torch.utils.data.DataLoader` that batches by
+        itself. A size beyond the dataset's is cut to it. Elsewhere there is one entry: `example_inputs` by
+        the first dimension of its first tensor.
+
+        Raises:
+            ValueError: If there are no example inputs.
+        """
+        inputs = self.example_inputs()
+        tensors = [*example_tensors(self.module, inputs).values()]
+        lengths = {len(tensor) if tensor.ndim else 0 for tensor in tensors}
+        if self.module.example_input_array is None:
+            loader = self._val_loader()
+            if isinstance(loader, DataLoader) and loader.batch_sampler is not None:
+                return {
+                    size: (next(iter(DataLoader(loader.dataset, size, collate_fn=loader.collate_fn))),)
+                    for size in _within(sizes, loader.dataset)
+                }
+        elif len(lengths) == 1 and 0 not in lengths:
+            return {size: map_inputs(self.module, inputs, partial(_resized, size)) for size in sizes}
+        return {max(1, len(tensors[0])) if tensors[0].ndim else 1: inputs}
+
+    def _val_loader(self) -> Any:
+        assert self.data is not None  # noqa: S101 (`example_inputs` refuses it)
         loader = self.data.val_dataloader()
-        return (next(iter(loader[0] if isinstance(loader, (list, tuple)) else loader)),)
+        return loader[0] if isinstance(loader, (list, tuple)) else loader
 
     def validated(self, model: LightningModule) -> dict[str, float]:
         """What a model logs in validation: what is meant for the progress bar, or else the first few."""
@@ -101,6 +136,15 @@ class Run:
         batches = itertools.islice(self.data.train_dataloader(), num_batches)
         recalibrate_(model, batches, _predict)
         return model
+
+
+def _within(sizes: Sequence[int], dataset: Any) -> list[int]:
+    largest = len(dataset) if hasattr(dataset, "__len__") else max(sizes)
+    return [*dict.fromkeys(min(size, largest) for size in sizes)]
+
+
+def _resized(size: int, _: str, tensor: Tensor) -> Tensor:
+    return tensor[torch.arange(size, device=tensor.device) % len(tensor)]
 
 
 def _predict(module: Any, batch: Any) -> Any:

@@ -5,8 +5,7 @@ python examples/benchmarks/channels.py --json channels.json
 For each seed the dense model is trained (once, kept in `--folder`), pruned to each share of its channels and
 fine-tuned by `AlterMOMACallback`, and slimmed. Torch-Pruning prunes the same dense model by the norms of its
 groups to the FLOPs that ours has left, and is fine-tuned for as many steps; so is, for fairness, the dense
-model. Models that are there already are
-not trained again; latencies are measured anew, with models of a seed taking turns.
+model. Models that are there already are not trained again; latencies are measured anew.
 """
 
 import copy
@@ -28,8 +27,7 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, so that `examples` is found
 
 from altermoma_pl import AlterEva, AlterMOMACallback, Channel, Criterion, Cubic, Magnitude, slim
-from altermoma_pl.costs import CostReport, count_flops, measure
-from altermoma_pl.costs.timing import in_turns
+from altermoma_pl.costs import CostReport, count_flops, measure, time_onnx
 from altermoma_pl.export import example_tensors, to_onnx
 from examples.benchmarks.fusion import Fusion
 from examples.benchmarks.measuring import options
@@ -168,21 +166,14 @@ class Models:
 
 
 def onnx_latency(models: Models, repeats: int) -> dict[str, float]:
-    """Median milliseconds of each model as an ONNX file, batch 1, in turns, on the threads that torch has."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    runs = {}
-    for name, (module, _) in models.made.items():
-        path = to_onnx(module, models.batches[8], models.folder / f"{name}.onnx")
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        tensors = example_tensors(module, models.batches[1])
-        feed = {each.name: tensors[each.name].numpy() for each in session.get_inputs()}
-        runs[name] = partial(session.run, None, feed)
-    return {
-        name: 1e3 * statistics.median(times) for name, times in in_turns(runs, repeats, warm_up=3).items()
+    """Median milliseconds of each model as an ONNX file, batch 1."""
+    files = {
+        name: to_onnx(module, models.batches[8], models.folder / f"{name}.onnx")
+        for name, (module, _) in models.made.items()
     }
+    tensors = example_tensors(models.made["dense"][0], models.batches[1])
+    taken = time_onnx(files, tensors, repeats)
+    return {name: 1e3 * statistics.median(times) for name, times in taken.items()}
 
 
 def first_batch(data: Any, size: int) -> Batch:

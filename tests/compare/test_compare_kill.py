@@ -76,9 +76,9 @@ def expected(tmp_path_factory):
     ("jobs", "cells"),
     [
         (1, 3),
-        pytest.param(1, 0, marks=pytest.mark.slow),
+        pytest.param(1, 0, marks=pytest.mark.soak),
         pytest.param(1, 7, marks=pytest.mark.slow),
-        pytest.param(2, 1, marks=pytest.mark.slow),
+        pytest.param(2, 1, marks=pytest.mark.soak),
         pytest.param(2, 5, marks=pytest.mark.slow),
     ],
 )

@@ -37,10 +37,10 @@ def batch_of(frames, points, seed=0):
     )
 
 
-@pytest.fixture(scope="module", params=["tiny", "small"])
-def model(request):
+@pytest.fixture(scope="module")
+def model():
     torch.manual_seed(0)
-    return FusionModel(size=request.param, image_size=IMAGE).eval()
+    return FusionModel(size="small", image_size=IMAGE).eval()
 
 
 @pytest.fixture(scope="module")

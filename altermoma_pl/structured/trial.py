@@ -16,6 +16,8 @@ from altermoma_pl.structured.tracing import Forward, tensors_of
 
 TOLERANCE = 1e-5
 """Largest difference of outputs, relative to their largest value (at least 1)."""
+DEAD = 0.01
+"""Running variances up to this share of a norm's largest one are taken for those of dead channels."""
 
 
 @torch.no_grad()
@@ -86,6 +88,8 @@ def enliven_(model: nn.Module, generator: torch.Generator) -> None:
 
     Behind a branch that is multiplied by zero, as it begins where a norm's weight or a head is initialised
     so, or where channels are pruned, nothing would be proved: whatever is removed, outputs are the same.
+    Running variances of channels that were zero in training are raised to those of others: divided by
+    them, the random numbers would grow from norm to norm until rounding alone exceeds the tolerance.
     """
     for name, parameter in model.named_parameters():
         if is_constant(name.rpartition(".")[2], parameter) or not parameter.numel():
@@ -94,3 +98,7 @@ def enliven_(model: nn.Module, generator: torch.Generator) -> None:
         fan_in = parameter[0].numel() if parameter.ndim > 1 else 100
         noise = torch.randn(parameter.shape, generator=generator) / max(1, fan_in) ** 0.5
         parameter.add_(noise.to(parameter) * same)
+    for name, buffer in model.named_buffers():
+        if name.rpartition(".")[2] == "running_var" and buffer.numel():
+            largest = buffer.max()
+            buffer.copy_(buffer.where(buffer > DEAD * largest, largest if largest > 0 else 1.0))

@@ -244,3 +244,33 @@ def test_meanwhile_no_learned_parameter_is_zero():
     assert (model.ones - 1).abs().max() < 0.5
     assert model.number != 0
     assert all(torch.equal(model.get_parameter(name), before[name]) for name in ("none", "grid", "index"))
+
+
+def test_running_variances_of_dead_channels_are_raised():
+    norms = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(2), nn.BatchNorm1d(2, track_running_stats=False))
+    norms[0].running_var.copy_(torch.tensor([4.0, 0.5, 1e-12]))
+    norms[1].running_var.zero_()
+    enliven_(norms, torch.Generator().manual_seed(0))
+    assert norms[0].running_var.tolist() == [4.0, 0.5, 4.0]
+    assert norms[1].running_var.tolist() == [1.0, 1.0]
+
+
+def test_channels_that_have_long_been_pruned_are_found_again():
+    torch.manual_seed(0)
+    layers = [
+        layer for _ in range(6) for layer in (nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU())
+    ]
+    model = nn.Sequential(nn.Conv2d(3, 64, 1), *layers, nn.Conv2d(64, 1, 1)).eval()
+    inputs = torch.randn(2, 3, 8, 8)
+
+    def forward(module):
+        return module(inputs).sin()  # of large numbers, rounding decides
+
+    channels = find_channels(model, forward)
+    kept = {group.name: torch.arange(64) < 8 for group in channels.values()}
+    channels.to_masks(kept, dict(model.named_parameters())).apply_(model)
+    for norm in model:
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.running_var[8:] = 0  # the variance of zeros
+            norm.eps = 1e-8
+    assert find_channels(model, forward).keys() == channels.keys()

@@ -28,16 +28,23 @@ def time_onnx(
             left out.
         repeats: Timed runs of each file, rounded up to a multiple of three.
         warm_up: Runs before these, in each round.
+
+    Raises:
+        ModuleNotFoundError: Without onnxruntime (extra `export`).
     """
+    taken: dict[str, list[float]] = {name: [] for name in files}
+    for _ in range(ROUNDS):
+        for name, path in files.items():
+            taken[name] += _in_own_session(path, tensors, -(-repeats // ROUNDS), warm_up)
+    return taken
+
+
+def _in_own_session(path: Path, tensors: Mapping[str, Tensor], repeats: int, warm_up: int) -> list[float]:
+    """Seconds of each run; the session ends on return."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    taken: dict[str, list[float]] = {name: [] for name in files}
-    for _ in range(ROUNDS):
-        for name, path in files.items():
-            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-            inputs = {each.name: tensors[each.name].detach().cpu().numpy() for each in session.get_inputs()}
-            run = partial(session.run, None, inputs)
-            taken[name] += in_turns({name: run}, -(-repeats // ROUNDS), warm_up)[name]
-    return taken
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    inputs = {each.name: tensors[each.name].detach().cpu().numpy() for each in session.get_inputs()}
+    return in_turns({"run": partial(session.run, None, inputs)}, repeats, warm_up)["run"]

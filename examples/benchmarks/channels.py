@@ -51,10 +51,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         pruning_batches=128,
         size="medium",
         round_to=16,
+        precision="32-true",
         folder="runs/channels",
         only="",
     )
-    bench = Fusion(size=arguments.size, image_size=(96, 320), extent=38.4, cell=0.8)
+    bench = Fusion(
+        size=arguments.size,
+        image_size=(96, 320),
+        extent=38.4,
+        cell=0.8,
+        precision=arguments.precision,
+    )
     if arguments.quick:
         bench = Fusion(
             num_train=16, num_val=4, num_calibration=8, camera_epochs=1, lidar_epochs=1, fusion_epochs=1

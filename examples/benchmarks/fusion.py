@@ -44,6 +44,7 @@ class Fusion(Benchmark):
         learning_rate: Of all training before pruning.
         pruning_learning_rate: Of pruning and fine-tuning.
         accelerator: "cpu" or "cuda".
+        precision: Of training, as a `Trainer` takes it. Metrics are always taken in float32.
         cache_dir: Folder of the synthetic scenes.
     """
 
@@ -64,6 +65,7 @@ class Fusion(Benchmark):
     learning_rate: float = 3e-3
     pruning_learning_rate: float = 2e-3
     accelerator: Literal["cpu", "cuda"] = "cpu"
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     cache_dir: str = field(default="~/.cache/altermoma_pl", repr=False)  # changes no result
 
     @property
@@ -174,6 +176,7 @@ class Fusion(Benchmark):
             max_epochs=num_epochs,
             accelerator=self.accelerator,
             devices=1,
+            precision=self.precision,
             callbacks=list(callbacks),
             logger=False,
             enable_checkpointing=False,

@@ -65,24 +65,25 @@ SIZES = {
         decoder=48,
         head=32,
     ),
-    # For a few CPU cores: twice the widths of "small", so that convolutions take most of the time.
+    # For a few CPU cores: three times the widths of "small", in multiples of 16, so that convolutions take
+    # most of the time.
     "medium": ModelSize(
-        camera_stem=32,
-        camera_widths=(48, 96, 192),
+        camera_stem=48,
+        camera_widths=(64, 144, 288),
         camera_blocks=(2, 2, 2),
         camera_strides=(2, 2, 2),
-        neck=96,
+        neck=144,
         depth_step=1.0,
-        camera_bev=48,
+        camera_bev=64,
         by_column=True,
-        pillar=48,
+        pillar=64,
         pillars_per_cell=2,
-        lidar_widths=(128, 192),
+        lidar_widths=(192, 288),
         lidar_blocks=(1, 4),
-        lidar_bev=64,
-        fuser=64,
-        decoder=96,
-        head=64,
+        lidar_bev=96,
+        fuser=96,
+        decoder=144,
+        head=96,
     ),
     # For one GPU.
     "large": ModelSize(

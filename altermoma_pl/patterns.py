@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from altermoma_pl.masks import Masks
-from altermoma_pl.selection import Ranking
+from altermoma_pl.selection import Selection
 from altermoma_pl.sparsity import check_scores, check_sparsity
 
 _TOLERANCE = 1e-9  # a schedule reaches its last target but for rounding
@@ -190,16 +190,16 @@ def _blocks(tensor: Tensor, m: int, dim: int) -> Tensor:
 def _best_of_blocks(name: str, score: Tensor, pattern: Pattern, dim: int, alive: Tensor | None) -> Tensor:
     """The `n` best of each block of one score, of its shape."""
     rows = None if alive is None else {name: _blocks(alive, pattern.m, dim)}
-    ranking = Ranking({name: _blocks(score, pattern.m, dim)}, rows)
-    fewest = ranking.fewest_in_a_row(name)
+    selection = Selection({name: _blocks(score, pattern.m, dim)}, rows)
+    fewest = selection.fewest_in_a_row(name)
     if fewest < pattern.n:
         raise ValueError(
             f"masks of before leave {fewest} of {pattern.m} weights in a block of {name!r}, {pattern} keeps "
             f"{pattern.n}: start from a dense checkpoint or one of the same pattern"
         )
-    ranking.keep_best_in_rows_(name, pattern.n)
+    selection.keep_best_in_rows_(name, pattern.n)
     moved = score.movedim(dim, -1).shape
-    return ranking.kept[name].view(moved).movedim(-1, dim).contiguous()
+    return selection.kept[name].view(moved).movedim(-1, dim).contiguous()
 
 
 def _with_best_of_rest(
@@ -211,16 +211,16 @@ def _with_best_of_rest(
     rest = {
         name: ~mask if within is None else within[name].to(mask.device) & ~mask for name, mask in best.items()
     }
-    ranking = Ranking(scores, rest)
-    alive = sum(ranking.num_alive.values())
+    selection = Selection(scores, rest)
+    alive = sum(selection.num_alive.values())
     if count > alive:
         raise ValueError(
             f"sparsity {sparsity:.6g} of the model is below what is already pruned, "
             f"{sparsity + (count - alive) / total:.6g}: masks only shrink, ask for more or start "
             f"from a dense checkpoint"
         )
-    ranking.keep_best_(list(scores), max(0, count))
-    return {name: mask | ranking.kept[name] for name, mask in best.items()}
+    selection.keep_best_(list(scores), max(0, count))
+    return {name: mask | selection.kept[name] for name, mask in best.items()}
 
 
 def _place(shape: torch.Size, m: int, dim: int, block: int) -> str:

@@ -13,7 +13,7 @@ from altermoma_pl.distributed import gathered, is_sharded, like, local, rank, sh
 from altermoma_pl.radix import Order, blocks, common_dtype, count_equal, kth_largest, only, ordered, pieces
 
 
-class Ranking:
+class Selection:
     """Weights that compete by score, then by tie breaker, then by position, of which the earlier wins.
 
     Positions are ordered by tensor, then row-major; the rows of a process come before those of the next.

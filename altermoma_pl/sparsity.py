@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from altermoma_pl.masks import Masks
-from altermoma_pl.selection import Ranking
+from altermoma_pl.selection import Selection
 
 Scope = Literal["global", "modality", "layer", "row"]
 
@@ -56,14 +56,14 @@ def top_k(
     if tie_breaker is not None:
         _check_alike(scores, tie_breaker, "tie breaker", shapes=isinstance(tie_breaker, dict))
     check_density(min_density)
-    ranking = Ranking(scores, within, tie_breaker)
+    selection = Selection(scores, within, tie_breaker)
     for label, names, share in _scopes(scores, sparsity, scope, groups):
         if scope == "row" and scores[names[0]].ndim > 1:
-            _keep_best_in_rows_(ranking, label, scores[names[0]].shape, names[0], share, min_density)
+            _keep_best_in_rows_(selection, label, scores[names[0]].shape, names[0], share, min_density)
         else:
             sizes = {name: scores[name].numel() for name in names}
-            _keep_best_(ranking, label, sizes, share, min_density)
-    return Masks(ranking.kept)
+            _keep_best_(selection, label, sizes, share, min_density)
+    return Masks(selection.kept)
 
 
 def check_sparsity(sparsity: float, what: str = "sparsity") -> None:
@@ -141,40 +141,40 @@ def _modality_scopes(
 
 
 def _keep_best_(
-    ranking: Ranking, label: str, sizes: Mapping[str, int], sparsity: float, min_density: float
+    selection: Selection, label: str, sizes: Mapping[str, int], sparsity: float, min_density: float
 ) -> None:
     """What each tensor's floor protects, and the best of the rest."""
     total = sum(sizes.values())
     count = total - round(sparsity * total)
-    _check_enough(label, sparsity, count, sum(ranking.num_alive[name] for name in sizes), total)
-    floors = {name: _floor(size, ranking.num_alive[name], min_density) for name, size in sizes.items()}
+    _check_enough(label, sparsity, count, sum(selection.num_alive[name] for name in sizes), total)
+    floors = {name: _floor(size, selection.num_alive[name], min_density) for name, size in sizes.items()}
     protected = sum(floors.values())
     _check_floors(label, sparsity, count, total, min_density, protected)
     names = list(sizes)
     while True:
-        ranking.keep_best_(names, count)
-        kept = ranking.count_kept(names)
+        selection.keep_best_(names, count)
+        kept = selection.count_kept(names)
         short = [name for name in names if kept[name] < floors[name]]
         if not short:
             return
         # These get their floors and no more: what they take from the others makes those choosier still.
-        ranking.forget_(names)
+        selection.forget_(names)
         for name in short:
-            ranking.keep_best_([name], floors[name])
+            selection.keep_best_([name], floors[name])
         count -= sum(floors[name] for name in short)
         names = [name for name in names if name not in short]
 
 
 def _keep_best_in_rows_(
-    ranking: Ranking, label: str, shape: torch.Size, name: str, sparsity: float, min_density: float
+    selection: Selection, label: str, shape: torch.Size, name: str, sparsity: float, min_density: float
 ) -> None:
     """The same number of weights in each row of one tensor."""
     rows, columns = shape[0], shape[1:].numel()
     count = columns - round(sparsity * columns)
-    _check_enough(f"a row of {label}", sparsity, count, ranking.fewest_in_a_row(name), columns)
-    floor = _floor(shape.numel(), ranking.num_alive[name], min_density)
+    _check_enough(f"a row of {label}", sparsity, count, selection.fewest_in_a_row(name), columns)
+    floor = _floor(shape.numel(), selection.num_alive[name], min_density)
     _check_floors(label, sparsity, rows * count, shape.numel(), min_density, floor)
-    ranking.keep_best_in_rows_(name, count)
+    selection.keep_best_in_rows_(name, count)
 
 
 def _check_enough(label: str, sparsity: float, count: int, alive: int, total: int) -> None:

@@ -73,6 +73,14 @@ class Quiet(TwoTowers):
         self.log_dict({f"val_{number}": self.loss(batch) for number in range(30)})
 
 
+class Detached(TwoTowers):
+    """The first layer of the camera is frozen, and no gradient tells where its channels go."""
+
+    def forward(self, batch: Frame) -> torch.Tensor:
+        image = self.camera[3:](self.camera[:3](batch.image).detach())
+        return self.head(torch.cat([image, self.lidar(batch.sweep)], 1))
+
+
 class Frames(LightningDataModule):
     def train_dataloader(self) -> Any:
         return DataLoader(frames(16), batch_size=4)

@@ -266,6 +266,12 @@ def test_messages(gradual, path, damage, message):
         ({"widths": {"a": [0, 2]}}, "must be two whole numbers, kept and total, got [0, 2]"),
         ({"channels": 1.5}, "channels of event 0 must be in [0, 1], got 1.5"),
         ({"flops": None}, "flops of event 0 must be a number, got None"),
+        ({"declared": []}, "declared groups of event 0 must be a dictionary by name, got []"),
+        ({"declared": {"g": 1}}, "declared group 'g' of event 0 must be a dictionary by name, got 1"),
+        (
+            {"declared": {"g": {"a": 1}}},
+            "declared group 'g' of event 0 must map modules to sides, got {'a': 1}",
+        ),
     ],
 )
 def test_what_is_recorded_of_channels_is_checked(gradual, changes, message):

@@ -16,14 +16,14 @@ from lightning.pytorch import Trainer
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
-from altermoma_pl import AlterMOMACallback, Magnitude, OneShot, figures
+from altermoma_pl import AlterMOMACallback, Channel, Magnitude, OneShot, figures
 from altermoma_pl.callback.slimmed import Slimmed
 from altermoma_pl.cli import main
 from altermoma_pl.export import check_onnx
 from altermoma_pl.exporting import export
 from altermoma_pl.exporting.run import Run
 from altermoma_pl.structured.rebuilding import KEY, reshape_like_
-from tests.conv_models import Frames, TwoTowers, frames, stacked
+from tests.conv_models import Detached, Frames, TwoTowers, frames, stacked
 
 MODEL = {"class_path": "tests.conv_models.TwoTowers"}
 DATA = {"class_path": "tests.conv_models.Frames"}
@@ -147,6 +147,18 @@ def test_a_state_that_cannot_be_sliced_is_left_out_with_a_note(channels, config,
     (note,) = exported.notes
     assert note.startswith("The optimizers' state was left out: the state 'exp_avg' of 'camera.0.weight'")
     assert note.endswith("Start a new fit from the weights.")
+
+
+def test_declared_groups_of_a_checkpoint_are_removed(tmp_path):
+    declared = {"stem": {"camera.0": "out", "camera.1": "out", "camera.3": "in"}}
+    path = trained(tmp_path / "detached.ckpt", Detached(), granularity=Channel(declared=declared))
+    config = written(tmp_path, model={"class_path": "tests.conv_models.Detached"}, data=DATA)
+    exported = export(path, config, repeats=0)
+    saved = torch.load(exported.path, weights_only=True)
+    kept, total = saved[KEY]["widths"]["stem"]
+    assert (kept, total) == (8, 16)
+    assert saved["state_dict"]["camera.0.weight"].shape[0] == kept
+    assert exported.notes == ()
 
 
 def test_onnx_of_channels(channels, config, tmp_path, capsys):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 
 from altermoma_pl import Masks, radix, top_k
 from altermoma_pl.radix import ordered
-from altermoma_pl.selection import Ranking
+from altermoma_pl.selection import Selection
 from altermoma_pl.sparsity import Scope
 from tests.test_sparsity import reference
 
@@ -206,14 +206,14 @@ def test_whole_numbers_are_ranked():
 
 
 def test_a_ranking_adds_to_what_it_keeps():
-    ranking = Ranking({"a": torch.tensor([1.0, 2.0, 3.0, 4.0]), "b": torch.tensor([9.0, 0.0])})
-    assert ranking.num_alive == {"a": 4, "b": 2}
-    ranking.keep_best_(["a"], 1)
-    assert [mask.int().tolist() for mask in ranking.kept.values()] == [[0, 0, 0, 1], [0, 0]]
-    ranking.keep_best_(["a", "b"], 2)
-    assert [mask.int().tolist() for mask in ranking.kept.values()] == [[0, 0, 1, 1], [1, 0]]
-    ranking.keep_best_(["a", "b"], 0)
-    assert sum(int(mask.sum()) for mask in ranking.kept.values()) == 3
+    selection = Selection({"a": torch.tensor([1.0, 2.0, 3.0, 4.0]), "b": torch.tensor([9.0, 0.0])})
+    assert selection.num_alive == {"a": 4, "b": 2}
+    selection.keep_best_(["a"], 1)
+    assert [mask.int().tolist() for mask in selection.kept.values()] == [[0, 0, 0, 1], [0, 0]]
+    selection.keep_best_(["a", "b"], 2)
+    assert [mask.int().tolist() for mask in selection.kept.values()] == [[0, 0, 1, 1], [1, 0]]
+    selection.keep_best_(["a", "b"], 0)
+    assert sum(int(mask.sum()) for mask in selection.kept.values()) == 3
 
 
 def test_masks_lie_row_major_whatever_the_layout_of_scores():

@@ -120,15 +120,25 @@ def _check_event(what: str, event: Any) -> None:
         _check_share(f"kept share of {name!r} in {what}", share)
     for name, loss in _items(f"losses of {what}", event["losses"]):
         _check_number(f"loss {name!r} in {what}", loss)
-    for name, counts in _items(f"widths of {what}", event.get("widths", {})):
-        _check_width(f"width of {name!r} in {what}", counts)
-    for key in ("channels", "flops") if "widths" in event else ():
-        _check_share(f"{key} of {what}", event.get(key))
+    _check_channels(what, event)
     if "beta" in event:
         _check_number(f"beta of {what}", event["beta"])
     for name, loss in _items(f"beta_losses of {what}", event.get("beta_losses", {})):
         if loss is not None:
             _check_number(f"loss for beta {name} in {what}", loss)
+
+
+def _check_channels(what: str, event: Mapping[str, Any]) -> None:
+    for name, counts in _items(f"widths of {what}", event.get("widths", {})):
+        _check_width(f"width of {name!r} in {what}", counts)
+    for key in ("channels", "flops") if "widths" in event else ():
+        _check_share(f"{key} of {what}", event.get(key))
+    for name, group in _items(f"declared groups of {what}", event.get("declared", {})):
+        sides = dict(_items(f"declared group {name!r} of {what}", group))
+        if not all(isinstance(side, str) for side in sides.values()):
+            raise ValueError(
+                f"declared group {name!r} of {what} must map modules to sides, got {sides!r:.80}"
+            )
 
 
 def _items(what: str, value: Any) -> list[tuple[str, Any]]:

@@ -33,8 +33,8 @@ class PruningState:
             share) and "losses"; with beta="auto" also the "beta" that was chosen and "beta_losses", the
             loss of each candidate by its name, None if not finite; "num_skipped", if any batch was left
             out because its loss or gradient was not finite. Where channels are pruned, "widths" (group
-            of channels -> how many stay, of how many), and the shares of all "channels" and "flops" that
-            are gone.
+            of channels -> how many stay, of how many), the shares of all "channels" and "flops" that are
+            gone, and the groups that were "declared".
         components: DeCI and ReRI of the latest event, where the criterion has them and they are stored.
         rewind_point: What the events that are left rewind to; None where the schedule rewinds nothing.
     """
@@ -172,4 +172,5 @@ def _of_channels(traced: Traced, masks: Masks) -> dict[str, Any]:
         "widths": {name: [widths[name], full[name]] for name in full},
         "channels": 1 - sum(widths.values()) / sum(full.values()),
         "flops": 1 - traced.flops(widths) / traced.flops.total,
+        "declared": {name: dict(sides) for name, sides in traced.declared.items()},
     }

@@ -22,6 +22,7 @@ from altermoma_pl.exporting.run import Run
 from altermoma_pl.masks import Masks
 from altermoma_pl.modality import SHARED
 from altermoma_pl.structured import Slim, owners, slim
+from altermoma_pl.structured.declared import Declared
 from altermoma_pl.structured.rebuilding import KEY, reshape_like_, slim_entry, slim_optimizer_states
 
 Format = Literal["checkpoint", "torch-export", "onnx"]
@@ -168,7 +169,7 @@ def _models(
     if not any("widths" in state.events[-1] for state in states.values() if state.events):
         models.notes.append("Single weights are pruned: zeros in dense tensors take as much time as others.")
         return models
-    slimmed = models.slimmed = slim(module, masks, inputs)
+    slimmed = models.slimmed = slim(module, masks, inputs, _declared(states))
     producers = {name for group in slimmed.channels.values() for name in group.producers}
     group_of = dict.fromkeys(producers, SHARED)
     for state in states.values():
@@ -198,6 +199,14 @@ def _all_masks(states: Mapping[str, Any], path: str) -> Masks:
     if not masks or merged.sparsity == 0:
         raise ValueError(f"{path} is not pruned: its masks keep everything; give a checkpoint after an event")
     return merged
+
+
+def _declared(states: Mapping[str, Any]) -> Declared:
+    """The groups of channels that were declared for the latest events."""
+    declared: dict[str, Mapping[str, str]] = {}
+    for state in states.values():
+        declared |= state.events[-1].get("declared", {}) if state.events else {}
+    return declared
 
 
 def _load(module: LightningModule, saved: Mapping[str, Any], path: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -12,6 +12,7 @@ from altermoma_pl.criteria import Criterion
 from altermoma_pl.masks import Masks
 from altermoma_pl.sparsity import Scope
 from altermoma_pl.structured import Channels, FlopModel
+from altermoma_pl.structured.declared import Declared
 from altermoma_pl.structured.tracing import Forward
 
 Sparsity = float | dict[str, float]
@@ -19,10 +20,17 @@ Sparsity = float | dict[str, float]
 
 @dataclass(frozen=True, eq=False)
 class Traced:
-    """The channels of a model, and what they compute."""
+    """The channels of a model, and what they compute.
+
+    Args:
+        channels: Groups of them.
+        flops: Of a forward pass.
+        declared: The groups that no graph could follow.
+    """
 
     channels: Channels
     flops: FlopModel
+    declared: Declared = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

@@ -68,7 +68,7 @@ class Channel(Granularity):
         with noise_free(model):
             channels = find_channels(model, forward, prunable, self.declared)
             with restored(model):
-                return Traced(channels, FlopModel(model, forward, channels))
+                return Traced(channels, FlopModel(model, forward, channels), self.declared or {})
 
     def masks(self, scores: Mapping[str, Tensor], sparsity: Sparsity, ranking: Ranking) -> Masks:
         """The channels with the highest scores."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from altermoma_pl.structured.resizing import Attributes, Resizing, named_tensors
+from altermoma_pl.structured.resizing import Attributes, Resizing, memory_format_of, named_tensors
 
 FORMAT = 1
 KEY = "slim"
@@ -63,7 +63,9 @@ def reshape_like_(model: nn.Module, state: Mapping[str, Tensor], entry: Mapping[
         if old is None or old.shape == like.shape:
             continue
         owner, _, leaf = name.rpartition(".")
-        smaller: Tensor = torch.empty(like.shape, dtype=old.dtype, device=old.device)
+        smaller: Tensor = torch.empty(
+            like.shape, dtype=old.dtype, device=old.device, memory_format=memory_format_of(old)
+        )
         if isinstance(old, nn.Parameter):
             smaller = nn.Parameter(smaller, old.requires_grad)
         setattr(model.get_submodule(owner), leaf, new.setdefault(id(old), smaller))

@@ -63,10 +63,11 @@ class Resizing:
         return cls({name: positions[id(t)] for name, t in tensors.items() if id(t) in positions}, counts)
 
     def resized(self, name: str, tensor: Tensor) -> Tensor:
-        """The part of a tensor of this name that stays; itself if all does."""
+        """The part of a tensor of this name that stays, in the same memory format; itself if all does."""
+        memory_format = memory_format_of(tensor)
         for dim, positions in self.positions.get(name, {}).items():
             tensor = tensor.index_select(dim, positions.to(tensor.device))
-        return tensor
+        return tensor.contiguous(memory_format=memory_format) if name in self.positions else tensor
 
     @torch.no_grad()
     def apply_(self, model: nn.Module) -> None:
@@ -79,7 +80,7 @@ class Resizing:
             if name not in self.positions:
                 continue
             if id(old) not in new:
-                smaller = self.resized(name, old.detach()).contiguous()
+                smaller = self.resized(name, old.detach())
                 trained = isinstance(old, nn.Parameter)
                 new[id(old)] = nn.Parameter(smaller, old.requires_grad) if trained else smaller
             owner, _, leaf = name.rpartition(".")
@@ -96,6 +97,14 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers, under each of their names."""
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
+
+
+def memory_format_of(tensor: Tensor) -> torch.memory_format:
+    """Channels last where the tensor is."""
+    if tensor.ndim not in (4, 5) or tensor.is_contiguous():
+        return torch.contiguous_format
+    last = torch.channels_last if tensor.ndim == 4 else torch.channels_last_3d
+    return last if tensor.is_contiguous(memory_format=last) else torch.contiguous_format
 
 
 def widths_of(module: nn.Module) -> dict[str, Any]:

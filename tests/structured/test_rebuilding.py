@@ -38,6 +38,19 @@ def test_a_dense_model_gets_the_shapes_and_attributes(name):
     assert torch.equal(model(*inputs), smaller.model(*inputs))
 
 
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_memory_formats_stay(memory_format):
+    case, masks = CASES["residual"], random_masks(found("residual"), CASES["residual"].model(), 2)
+    smaller = slim(case.model().to(memory_format=memory_format), masks, case.inputs())
+    again = CASES["residual"].make().to(memory_format=memory_format)
+    reshape_like_(again, smaller.model.state_dict(), slim_entry(smaller.attributes, smaller.widths))
+    momentum = torch.rand(6, 8, 3, 3).to(memory_format=memory_format)
+    tensors = [smaller.model.a.weight, again.a.weight, smaller.resizing.resized("a.weight", momentum)]
+    for tensor in tensors:
+        assert tensor.shape[1:] == (smaller.widths["stem"][0], 3, 3)
+        assert tensor.is_contiguous(memory_format=memory_format)
+
+
 def test_what_is_tied_stays_so():
     smaller = slimmed("tied")
     model = CASES["tied"].make()

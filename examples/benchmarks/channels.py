@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         round_to=16,
         precision="32-true",
         folder="runs/channels",
-        only="",
+        repeats=60,
     )
     bench = Fusion(
         size=arguments.size,
@@ -70,8 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     bench = Fusion(**{**vars(bench), "pruning_batches": arguments.pruning_batches})
     warnings.simplefilter("ignore")
     rows = [row for seed in range(arguments.seeds) for row in of_seed(bench, seed, arguments)]
-    if arguments.only != "train":
-        show(rows, arguments)
+    show(rows, arguments)
 
 
 Made = tuple[FusionModule, Mapping[str, float]]
@@ -91,16 +90,14 @@ def of_seed(bench: Fusion, seed: int, arguments: Namespace) -> list[dict[str, An
         models.add(f"Torch-Pruning {share:.0%}", partial(models.torch_pruned, flops))
     for share in SHARES:
         models.add(f"Magnitude {share:.0%}", partial(models.pruned, Magnitude(), share))
-    if arguments.only == "train":
-        return []
     report = measure(
         {name: module.eval() for name, (module, _) in models.made.items()},
         models.batches,
-        repeats=5 if arguments.quick else 60,
+        repeats=arguments.repeats,
         metrics={name: {m: values[m] for m in METRICS} for name, (_, values) in models.made.items()},
     )
     Console(width=200).print(report.to_text(width=200), highlight=False)
-    milliseconds = onnx_latency(models, repeats=5 if arguments.quick else 60)
+    milliseconds = onnx_latency(models, arguments.repeats)
     dense = milliseconds["dense"]
     rows = [row_of(name, seed, report) for name in models.made]
     return [

@@ -45,7 +45,7 @@ class Row:
 def options(
     description: str, argv: Sequence[str] | None = None, **defaults: str | float
 ) -> argparse.Namespace:
-    """Flags of a script: `--quick`, `--repeats`, `--device`, `--json`, and one for each of `defaults`.
+    """Flags of a script: `--quick`, `--repeats` (5), `--device`, `--json`, and one for each of `defaults`.
 
     Args:
         description: Its first line says what the script measures.
@@ -56,7 +56,7 @@ def options(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that the script works")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=defaults.pop("repeats", 5))
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=None, help="of torch on the CPU")
     parser.add_argument("--json", type=Path, default=None, help="also write the figures to this file")

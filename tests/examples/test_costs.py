@@ -11,7 +11,7 @@ import torch
 from altermoma_pl import AlterEva
 from altermoma_pl.patterns import check_pattern
 from altermoma_pl.semi_structured import device_obstacle
-from examples.benchmarks import growth, measuring, memory, scoring, semi_structured, step
+from examples.benchmarks import channels, growth, measuring, memory, scoring, semi_structured, step
 from examples.benchmarks.workloads import Towers
 
 QUICK = ["--quick", "--repeats", "1"]
@@ -42,6 +42,18 @@ def test_actions_take_turns():
     taken = measuring.in_turns(actions, repeats=2, times=2)
     assert order == [*"ab", *"abba", *"abba"]
     assert {name: len(values) for name, values in taken.items()} == {"a": 2, "b": 2}
+
+
+def test_channels_are_compared_at_equal_flops(tmp_path, monkeypatch):
+    monkeypatch.setattr(channels, "SHARES", (0.5,))
+    channels.main([*QUICK, "--json", str(tmp_path / "costs.json"), "--folder", str(tmp_path)])
+    rows = {row["model"]: row for row in json.loads((tmp_path / "costs.json").read_text())["rows"]}
+    assert list(rows) == ["dense", "dense, trained on", "AlterEva 50%", "Torch-Pruning 50%", "Magnitude 50%"]
+    ours, theirs = rows["AlterEva 50%"], rows["Torch-Pruning 50%"]
+    assert theirs["flops"] <= ours["flops"] < 1
+    assert max(ours["parameters"], theirs["parameters"]) < 1
+    assert rows["dense"]["miou / dense"] == rows["dense"]["speed-up, batch 1"] == 1
+    assert all(row["ms, onnxruntime"] > 0 for row in rows.values())
 
 
 def test_no_repetitions_are_refused(capsys):

@@ -197,4 +197,6 @@ def _check_floors(
 
 
 def _floor(size: int, alive: int, min_density: float) -> int:
-    return min(alive, max(1, math.ceil(min_density * size))) if min_density > 0 else 0
+    if min_density == 0:
+        return 0
+    return min(alive, max(1, math.ceil(round(min_density * size, 9))))  # 0.07 * 100 is more than 7

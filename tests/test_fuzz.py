@@ -293,7 +293,7 @@ def labels(scope: str) -> dict[str, str]:
 
 
 def _floor(size: int, min_density: float) -> int:
-    return max(1, math.ceil(min_density * size)) if min_density > 0 else 0
+    return max(1, math.ceil(round(min_density * size, 9))) if min_density > 0 else 0
 
 
 RAN: list[int] = []

@@ -115,6 +115,13 @@ def test_a_transposed_score_is_ranked_row_by_row():
     assert kept(top_k(scores, 0.5)) == {"a": [[1, 0], [1, 0]]}
 
 
+def test_floors_are_exact():
+    """0.07 * 100 is a little more than 7 in floating point."""
+    scores = {"a": torch.arange(100.0), "b": torch.arange(100.0) + 100}
+    masks = top_k(scores, 0.5, min_density=0.07)
+    assert [int(mask.sum()) for mask in masks.values()] == [7, 93]
+
+
 def reference(scores, sparsity, scope, within, min_density, groups, ties):
     """The same by sorting lists: what is protected first, then the best of the rest."""
     if scope == "row":
@@ -136,7 +143,7 @@ def reference(scores, sparsity, scope, within, min_density, groups, ties):
         protected = []
         for name in names:
             if min_density:
-                floor = max(1, math.ceil(min_density * scores[name].numel()))
+                floor = max(1, math.ceil(round(min_density * scores[name].numel(), 9)))
                 protected += sorted(flat[name])[:floor]
         if count > sum(len(flat[name]) for name in names) or len(protected) > count:
             return None
@@ -163,7 +170,7 @@ def reference_by_rows(scores, sparsity, within, min_density, ties):
                 return None
             chosen += found[name]
         live = int(within[name].sum())
-        floor = min(live, max(1, math.ceil(min_density * score.numel()))) if min_density else 0
+        floor = min(live, max(1, math.ceil(round(min_density * score.numel(), 9)))) if min_density else 0
         if floor > sum(chosen):
             return None
         kept[name] = chosen
@@ -232,7 +239,7 @@ def test_invariants(problem, without_floor):
             default=-math.inf,
         )
         for name in names:
-            floor = math.ceil(problem["min_density"] * scores[name].numel())
+            floor = math.ceil(round(problem["min_density"] * scores[name].numel(), 9))
             num_kept = int(masks[name].sum())
             assert num_kept >= min(floor, int(within[name].sum()))
             if num_kept > floor:

@@ -24,13 +24,13 @@ def load_checkpoint(path: str, trust: bool = False) -> dict[str, Any]:
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=not trust)
+    except FileNotFoundError:
+        raise
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} is no checkpoint of tensors and builtins only; if you trust its origin, use --trust"
         ) from error
-    except FileNotFoundError:
-        raise
-    except (EOFError, OSError, RuntimeError) as error:
+    except Exception as error:  # of reading other bytes, of any kind
         raise ValueError(f"{path} is no checkpoint, or only a part of one: {error!r}") from error
     return checkpoint if isinstance(checkpoint, dict) else {}
 

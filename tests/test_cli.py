@@ -473,7 +473,9 @@ def test_report_of_no_file(capsys, tmp_path):
     assert "none.ckpt" in failure(capsys, "report", str(tmp_path / "none.ckpt"))
 
 
-@pytest.mark.parametrize("content", [b"", b"no checkpoint at all"], ids=["empty", "text"])
+@pytest.mark.parametrize(
+    "content", [b"", b"no checkpoint at all", b"\x80\x02."], ids=["empty", "text", "empty pickle"]
+)
 def test_report_of_another_file(capsys, tmp_path, content):
     path = tmp_path / "other.ckpt"
     path.write_bytes(content)

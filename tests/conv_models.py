@@ -82,11 +82,15 @@ class Detached(TwoTowers):
 
 
 class Frames(LightningDataModule):
+    def __init__(self, num_val: int = 8) -> None:
+        super().__init__()
+        self.num_val = num_val
+
     def train_dataloader(self) -> Any:
         return DataLoader(frames(16), batch_size=4)
 
     def val_dataloader(self) -> Any:
-        return DataLoader(frames(8, seed=1), batch_size=4)
+        return DataLoader(frames(self.num_val, seed=1), batch_size=4)
 
 
 def frames(count: int, seed: int = 0) -> list[Frame]:

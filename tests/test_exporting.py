@@ -276,6 +276,15 @@ def test_latencies_are_of_batches_of_1_and_8(channels, config, tmp_path):
     assert all(re.search(r": [\d.]+ ms \[.*\], dense [\d.]+ ms: [\d.]+ times as fast\.$", n) for n in timed)
 
 
+def test_other_batches_than_those_have_a_note(channels, tmp_path):
+    data = {"class_path": "tests.conv_models.Frames", "init_args": {"num_val": 5}}
+    config = written(tmp_path, model=MODEL, data=data)
+    exported = export(channels, config, output=str(tmp_path / "a.ckpt"), repeats=1)
+    assert measured_batches(exported) == [1, 5]
+    (note,) = exported.notes
+    assert note == "Measured with batches of 1 and 5, not of 1 and 8: the data does not give those."
+
+
 def test_nothing_is_timed_without_repeats(channels, config, tmp_path):
     exported = export(channels, config, "onnx", output=str(tmp_path / "a.onnx"), repeats=0)
     assert exported.costs is None

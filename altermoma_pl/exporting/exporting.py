@@ -104,7 +104,8 @@ def export(
     if recalibrate:
         name, model = models.last
         models.by_name[f"{name}, recalibrated"] = run.recalibrated(model, recalibrate)
-    costs = _costs(models, run, repeats, validate) if repeats else None
+    batches = run.inputs_of(BATCHES) if repeats else {}
+    costs = _costs(models, run, batches, validate, repeats) if repeats else None
     path.parent.mkdir(parents=True, exist_ok=True)
     _, model = models.last
     if models.slimmed and format == "checkpoint":
@@ -116,7 +117,7 @@ def export(
         gap = check_onnx(path, model, inputs)
         models.notes.append(f"onnxruntime differs from torch by {gap:.1e}, relative to the outputs.")
         if repeats:
-            models.notes += _onnx_times(path, models, run, inputs, opset, repeats)
+            models.notes += _onnx_times(path, models, batches, inputs, opset, repeats)
     return Exported(path, costs, tuple(models.notes))
 
 
@@ -218,23 +219,35 @@ def _load(module: LightningModule, saved: Mapping[str, Any], path: str) -> None:
         ) from error
 
 
-def _costs(models: _Models, run: Run, repeats: int, validate: bool) -> CostReport:
+def _costs(
+    models: _Models, run: Run, batches: Mapping[int, tuple[Any, ...]], validate: bool, repeats: int
+) -> CostReport:
+    if tuple(batches) != BATCHES:
+        sizes, wanted = (" and ".join(map(str, each)) for each in (batches, BATCHES))
+        models.notes.append(
+            f"Measured with batches of {sizes}, not of {wanted}: the data does not give those."
+        )
     metrics = {}
     if validate:
         metrics = {name: run.validated(model) for name, model in models.by_name.items() if name != "dense"}
-    return measure(models.by_name, run.inputs_of(BATCHES), repeats=repeats, metrics=metrics)
+    return measure(models.by_name, batches, repeats=repeats, metrics=metrics)
 
 
 def _onnx_times(
-    path: Path, models: _Models, run: Run, inputs: tuple[Any, ...], opset: int | None, repeats: int
+    path: Path,
+    models: _Models,
+    batches: Mapping[int, tuple[Any, ...]],
+    inputs: tuple[Any, ...],
+    opset: int | None,
+    repeats: int,
 ) -> list[str]:
     """A line for each batch size: the latency beside that of the dense model, which is written for this."""
     notes, count = [], torch.get_num_threads()
     threads = f"{count} thread{'s' * (count != 1)}"
     with TemporaryDirectory() as folder:
         dense = to_onnx(models.by_name["dense"], inputs, Path(folder) / "dense.onnx", opset=opset)
-        for batch, example in run.inputs_of(BATCHES).items():
-            tensors = example_tensors(run.module, example)
+        for batch, example in batches.items():
+            tensors = example_tensors(models.by_name["dense"], example)
             taken = time_onnx({"dense": dense, "file": path}, tensors, repeats)
             low, median, high = (1e3 * value for value in quartiles(taken["file"]))
             reference = 1e3 * quartiles(taken["dense"])[1]

@@ -162,21 +162,21 @@ class _Search:
         return None
 
     def _proved(self, coupling: Coupling) -> ChannelGroup | str:
-        """The group of the finest layout that passes the trial; else why the last one failed."""
-        reason = "its width cannot be divided as its layers need"
+        """The group of the finest layout that passes the trial; else why the finest of all failed."""
+        reasons = []
         for layout in layouts(coupling, self.names):
             if layout.num_channels < 2:
                 continue
             try:
                 group = group_of_layout(coupling, layout, self.names)
             except ValueError as error:
-                reason = str(error)
+                reasons.append(str(error))
                 continue
-            found = self.why_not([group])
-            if found is None:
+            reason = self.why_not([group])
+            if reason is None:
                 return "its channels are those of another group" if self._is_taken(group) else group
-            reason = found
-        return reason
+            reasons.append(reason)
+        return reasons[0] if reasons else "its width cannot be divided as its layers need"
 
     def _is_taken(self, group: ChannelGroup) -> bool:
         taken = {position for other in self.found for position in other.positions()}

@@ -87,6 +87,12 @@ def test_reasons():
     assert channels.excluded["a"].startswith(DIFFER)
 
 
+def test_a_norm_over_channels_is_the_reason_also_beside_attention():
+    """Channels by heads do not run either, which would say less."""
+    channels = search(block(False, True).eval(), torch.randn(2, 5, 6))
+    assert all(channels.excluded[name].startswith(DIFFER) for name in ("embed", "attention.proj", "fc2"))
+
+
 def test_frozen_and_unwanted_layers():
     model = CASES["residual"].model()
     model.a.weight.requires_grad_(False)

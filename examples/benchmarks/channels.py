@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, so that `examples` is found
 
-from altermoma_pl import AlterEva, AlterMOMACallback, Channel, Criterion, Cubic, Magnitude, slim
+from altermoma_pl import AlterEva, AlterMOMACallback, Channel, Cubic, slim
 from altermoma_pl.costs import CostReport, count_flops, measure, time_onnx
 from altermoma_pl.export import example_tensors, to_onnx
 from examples.benchmarks.fusion import Fusion
@@ -84,12 +84,9 @@ def of_seed(bench: Fusion, seed: int, arguments: Namespace) -> list[dict[str, An
     models.add("dense, trained on", models.trained_on)
     steps = 4 if arguments.quick else 16
     for share in SHARES:
-        criterion = AlterEva(num_probe_batches=steps // 2, num_reactivation_steps=steps)
-        smaller = models.add(f"AlterEva {share:.0%}", partial(models.pruned, criterion, share))
+        smaller = models.add(f"AlterEva {share:.0%}", partial(models.pruned, share, steps))
         flops = float(count_flops(smaller, models.batches[1]).total or 0)
         models.add(f"Torch-Pruning {share:.0%}", partial(models.torch_pruned, flops))
-    for share in SHARES:
-        models.add(f"Magnitude {share:.0%}", partial(models.pruned, Magnitude(), share))
     report = measure(
         {name: module.eval() for name, (module, _) in models.made.items()},
         models.batches,
@@ -137,13 +134,13 @@ class Models:
         self.bench.fine_tune(module, self.data, self.epochs, [])
         return self._measured(module)
 
-    def pruned(self, criterion: Criterion, share: float) -> Made:
-        """Masked while it is fine-tuned, then slimmed."""
+    def pruned(self, share: float, steps: int) -> Made:
+        """Masked while it is fine-tuned, then slimmed; reactivated for so many steps."""
         modalities = {name: list(patterns) for name, patterns in self.bench.modalities.items()}
         callback = AlterMOMACallback(
             modalities,
             share,
-            criterion,
+            AlterEva(num_probe_batches=steps // 2, num_reactivation_steps=steps),
             EVENTS,
             granularity=Channel(round_to=self.round_to),
             seed=self.seed,

@@ -87,8 +87,12 @@ def of_seed(bench: Fusion, seed: int, arguments: Namespace) -> list[dict[str, An
         smaller = models.add(f"AlterEva {share:.0%}", partial(models.pruned, share, steps))
         flops = float(count_flops(smaller, models.batches[1]).total or 0)
         models.add(f"Torch-Pruning {share:.0%}", partial(models.torch_pruned, flops))
+    # The images are channels last; weights that are not would be copied in every pass.
+    modules = {
+        name: module.eval().to(memory_format=torch.channels_last) for name, (module, _) in models.made.items()
+    }
     report = measure(
-        {name: module.eval() for name, (module, _) in models.made.items()},
+        modules,
         models.batches,
         repeats=arguments.repeats,
         metrics={name: {m: values[m] for m in METRICS} for name, (_, values) in models.made.items()},

@@ -201,7 +201,7 @@ class CameraEncoder(nn.Module):
                 f"The model was built for images of {self.image_size} (height, width), got "
                 f"{tuple(image.shape[-2:])}. Pass `image_size` or resize in the loader."
             )
-        # Channels last makes a training step on a CPU faster by a quarter; the weights are so, too.
+        # Channels last makes a training step on a CPU faster by a quarter.
         image = image.contiguous(memory_format=torch.channels_last)
         x = (image.float() / 255 - 0.5) / 0.25
         return self.vtransform(self.neck(self.backbone(x)), lidar_to_image)

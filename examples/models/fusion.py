@@ -100,7 +100,6 @@ class FusionModel(nn.Module):
                 "map": MapHead(widths.decoder, widths.head, num_map_classes),
             }
         )
-        self.to(memory_format=torch.channels_last)  # as images and maps are
 
     @property
     def sensors(self) -> tuple[str, ...]:

@@ -205,7 +205,7 @@ def test_whole_numbers_are_ranked():
     assert [mask.int().tolist() for mask in masks.values()] == [[1, 0, 1, 0], [1]]
 
 
-def test_a_ranking_adds_to_what_it_keeps():
+def test_a_selection_adds_to_what_it_keeps():
     selection = Selection({"a": torch.tensor([1.0, 2.0, 3.0, 4.0]), "b": torch.tensor([9.0, 0.0])})
     assert selection.num_alive == {"a": 4, "b": 2}
     selection.keep_best_(["a"], 1)

@@ -55,19 +55,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder="runs/channels",
         repeats=60,
     )
-    bench = Fusion(
-        size=arguments.size,
-        image_size=(96, 320),
-        extent=38.4,
-        cell=0.8,
-        precision=arguments.precision,
-    )
+    bench = Fusion(size=arguments.size, image_size=(96, 320), extent=38.4, cell=0.8)
     if arguments.quick:
         bench = Fusion(
             num_train=16, num_val=4, num_calibration=8, camera_epochs=1, lidar_epochs=1, fusion_epochs=1
         )
         arguments.epochs, arguments.pruning_batches, arguments.seeds, arguments.round_to = 3, 2, 1, 8
-    bench = Fusion(**{**vars(bench), "pruning_batches": arguments.pruning_batches})
+    given = {"pruning_batches": arguments.pruning_batches, "precision": arguments.precision}
+    bench = Fusion(**{**vars(bench), **given})
     warnings.simplefilter("ignore")
     rows = [row for seed in range(arguments.seeds) for row in of_seed(bench, seed, arguments)]
     show(rows, arguments)

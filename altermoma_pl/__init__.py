@@ -1,8 +1,15 @@
 """Fusion redundancy pruning for multi-sensor models trained with PyTorch Lightning."""
 
 from altermoma_pl.callback import AlterMOMACallback, Slimmed
-from altermoma_pl.contexts import deactivated, restored
-from altermoma_pl.criteria import (
+from altermoma_pl.granularity import Channel, Granularity, NofM, Weight
+from altermoma_pl.granularity.channels import find_channels, slim
+from altermoma_pl.mask.masks import Masks
+from altermoma_pl.mask.schedules import Cubic, Exponential, Linear, OneShot, Rewinding, Schedule
+from altermoma_pl.mask.top_k import top_k
+from altermoma_pl.model.contexts import deactivated, restored
+from altermoma_pl.model.modality import Modalities
+from altermoma_pl.report.sparsity import SparsityReport
+from altermoma_pl.score import (
     SNIP,
     AlterEva,
     Calibration,
@@ -17,13 +24,6 @@ from altermoma_pl.criteria import (
     Wanda,
     choose_beta,
 )
-from altermoma_pl.granularity import Channel, Granularity, NofM, Weight
-from altermoma_pl.masks import Masks
-from altermoma_pl.modality import Modalities
-from altermoma_pl.report import SparsityReport
-from altermoma_pl.schedules import Cubic, Exponential, Linear, OneShot, Rewinding, Schedule
-from altermoma_pl.sparsity import top_k
-from altermoma_pl.structured import find_channels, slim
 
 __all__ = [
     "SNIP",

@@ -11,12 +11,12 @@ from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-import altermoma_pl.figures as figures
+import altermoma_pl.report.figures as figures
 from altermoma_pl.callback import AlterMOMACallback
-from altermoma_pl.checkpoints import load_checkpoint, pruning_states_of
-from altermoma_pl.exporting import SUFFIXES, SlimReport, export
-from altermoma_pl.report import SparsityReport
-from altermoma_pl.structured.rebuilding import KEY
+from altermoma_pl.callback.checkpoints import load_checkpoint, pruning_states_of
+from altermoma_pl.export import SUFFIXES, SlimReport, export
+from altermoma_pl.granularity.channels.rebuilding import KEY
+from altermoma_pl.report.sparsity import SparsityReport
 
 _DESCRIPTION = (
     "Train and prune a fusion model. `altermoma report CHECKPOINT` shows what a checkpoint of a pruned "

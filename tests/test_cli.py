@@ -13,17 +13,17 @@ import pytest
 import torch
 import yaml
 
-from altermoma_pl import figures
-from altermoma_pl.checkpoints import load_pruning_state
+from altermoma_pl.callback.checkpoints import load_pruning_state
 from altermoma_pl.cli import main
-from tests.lightning_models import NUM_WEIGHTS, Fusion, num_zeros
+from altermoma_pl.report import figures
+from tests.helpers.lightning_models import NUM_WEIGHTS, Fusion, num_zeros
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed from")  # by Lightning, on resume
 
 CONFIG = """
 seed_everything: false
-model: {class_path: tests.lightning_models.Fusion}
-data: {class_path: tests.lightning_models.Data}
+model: {class_path: tests.helpers.lightning_models.Fusion}
+data: {class_path: tests.helpers.lightning_models.Data}
 trainer:
   max_epochs: 3
   accelerator: cpu
@@ -182,7 +182,7 @@ def test_overlays_merge_key_by_key(folder):
 
 
 @pytest.mark.parametrize(
-    "name", ["Magnitude", "altermoma_pl.Magnitude", "altermoma_pl.criteria.simple.Magnitude"]
+    "name", ["Magnitude", "altermoma_pl.Magnitude", "altermoma_pl.score.simple.Magnitude"]
 )
 def test_names_of_criteria(folder, name):
     (folder / "more.yaml").write_text(f"pruning: {{criterion: {name}}}")

@@ -9,10 +9,10 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 
-import altermoma_pl.figures as figures
+import altermoma_pl.report.figures as figures
 from altermoma_pl.callback.state import PruningState
-from altermoma_pl.criteria import Components
-from altermoma_pl.report import SparsityReport
+from altermoma_pl.report.sparsity import SparsityReport
+from altermoma_pl.score import Components
 
 
 def announce(

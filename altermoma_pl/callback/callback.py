@@ -12,38 +12,41 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from altermoma_pl.callback.announcement import announce
+from altermoma_pl.callback.channels import calibration_for, trace_channels
 from altermoma_pl.callback.checks import (
+    check_disjoint,
     check_granularity,
     check_long_enough,
+    check_name,
     check_not_late,
     check_options,
     check_parts,
     check_same_groups,
+    check_sharding,
+    check_strategy,
     check_zeros,
     warn_if_short,
 )
-from altermoma_pl.callback.enforcement import Enforcement
 from altermoma_pl.callback.gradients import reads_gradients
 from altermoma_pl.callback.interruptions import signals_held
 from altermoma_pl.callback.loaders import ProbeLoader
 from altermoma_pl.callback.loss import check_loss, loss_function
 from altermoma_pl.callback.memory import memory_advice
 from altermoma_pl.callback.rewinding import RewindPoint, check_rewindable
-from altermoma_pl.callback.scoring import Decision, check_batches, decide, scoring_batches, target_at
-from altermoma_pl.callback.several import check_disjoint, check_name
+from altermoma_pl.callback.scoring import check_batches, scoring_batches, target_at
 from altermoma_pl.callback.state import PruningState
 from altermoma_pl.callback.stateful import Stateful
-from altermoma_pl.callback.strategies import check_sharding, check_strategy
-from altermoma_pl.callback.tracing import calibration_for, trace_channels
-from altermoma_pl.criteria import AlterEva, Calibration, Criterion
-from altermoma_pl.criteria.base import no_progress
-from altermoma_pl.criteria.computed import Computed
-from altermoma_pl.criteria.finite import OnNonFinite
+from altermoma_pl.enforce.enforcement import Enforcement
 from altermoma_pl.granularity import Granularity, Ranking, Sparsity, input_dims, parse_granularity
-from altermoma_pl.masks import Masks
-from altermoma_pl.modality import Modalities
-from altermoma_pl.schedules import Cubic, Schedule
-from altermoma_pl.sparsity import Scope
+from altermoma_pl.mask.computed import Computed
+from altermoma_pl.mask.masks import Masks
+from altermoma_pl.mask.schedules import Cubic, Schedule
+from altermoma_pl.mask.top_k import Scope
+from altermoma_pl.model.modality import Modalities
+from altermoma_pl.score import AlterEva, Calibration, Criterion
+from altermoma_pl.score.calibration import no_progress
+from altermoma_pl.score.decision import Decision, decide
+from altermoma_pl.score.finite import OnNonFinite
 
 _NEVER = -1  # an epoch before any event of any schedule
 

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from altermoma_pl.callback.loaders import Batches, ProbeLoader
-from altermoma_pl.criteria import Criterion
-from altermoma_pl.criteria.base import known_length
-from altermoma_pl.criteria.finite import OnNonFinite
-from altermoma_pl.distributed import local, sums
 from altermoma_pl.granularity import Granularity, Sparsity
-from altermoma_pl.masks import Masks
-from altermoma_pl.modality import SHARED
-from altermoma_pl.options import check_type
-from altermoma_pl.schedules import Schedule
-from altermoma_pl.sparsity import Scope, check_density, check_sparsity
+from altermoma_pl.mask.masks import Masks
+from altermoma_pl.mask.schedules import Schedule
+from altermoma_pl.mask.top_k import Scope, check_density, check_sparsity
+from altermoma_pl.model.distributed import is_sharded, local, sums
+from altermoma_pl.model.modality import SHARED
+from altermoma_pl.model.options import check_type
+from altermoma_pl.score import Criterion
+from altermoma_pl.score.calibration import known_length
+from altermoma_pl.score.finite import OnNonFinite
+
+_NAME = re.compile(r"[\w-]+")
+_SUPPORTED = ("SingleDeviceStrategy", "SingleDeviceXLAStrategy", "DDPStrategy", "ModelParallelStrategy")
+_INSTEAD = {
+    "FSDPStrategy": "its parameters are flattened, so that no weight has a place of its own",
+    "DeepSpeedStrategy": "it keeps optimizer and parameters to itself",
+}
 
 
 def check_options(
@@ -155,4 +164,74 @@ def warn_if_short(schedule: Schedule, sparsity: float, shortfall: str) -> None:
             f"training ended at a sparsity of {sparsity:.4g}; {shortfall}: the last event of {schedule} is "
             f"at epoch {schedule.last_epoch}",
             stacklevel=3,
+        )
+
+
+def callbacks_of(trainer: Any) -> list[Callback]:
+    """All callbacks of a Trainer: it gets the attribute from elsewhere, so that its type is not known."""
+    return list(trainer.callbacks)
+
+
+def check_name(name: str | None) -> None:
+    """Raise a `ValueError` unless the name can be a part of metrics, files and keys, or is None."""
+    if name is not None and not (isinstance(name, str) and _NAME.fullmatch(name)):
+        raise ValueError(f"name must be None, or made of letters, digits, '_' and '-', got {name!r}")
+
+
+def check_disjoint(
+    own: Iterable[str], other: Iterable[str], name: str | None, other_name: str | None
+) -> None:
+    """Raise a `ValueError` if two callbacks prune the same weights."""
+    common = [parameter for parameter in own if parameter in set(other)]
+    if common:
+        raise ValueError(
+            f"the callbacks {other_name!r} and {name!r} both prune {common}: their masks would contradict "
+            f"each other; give them disjoint `prunable` patterns, for example "
+            f"prunable=['!{common[0]}'] to one of them"
+        )
+
+
+def check_strategy(trainer: Trainer) -> None:
+    """Raise a `ValueError` before anything is set up if masks could not be held under the strategy."""
+    # By name: the classes of `lightning` and `pytorch_lightning` are distinct.
+    names = [cls.__name__ for cls in type(trainer.strategy).__mro__]
+    if any(name in _SUPPORTED for name in names):
+        return
+    why = next((f", because {why}" for name, why in _INSTEAD.items() if name in names), "")
+    raise ValueError(
+        f"AlterMOMACallback does not work with {names[0]}{why}: use strategy='ddp', or to shard parameters "
+        f"ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1) with a `configure_model` "
+        f"that applies torch.distributed.fsdp.fully_shard"
+    )
+
+
+def check_sharding(
+    module: LightningModule,
+    criterion: Criterion,
+    schedule: Schedule,
+    granularity: Granularity,
+    store_components: bool,
+) -> None:
+    """Raise a `ValueError` if parameters are sharded and something cannot work with that."""
+    if not is_sharded(module.parameters()):
+        return
+    if not criterion.shardable:
+        raise ValueError(
+            f"{type(criterion).__name__} needs whole parameters, and those of this model are sharded over "
+            f"processes: use AlterEva, SNIP, Taylor or Magnitude, or strategy='ddp'"
+        )
+    if not granularity.shardable:
+        raise ValueError(
+            f"{granularity} needs whole parameters, and those of this model are sharded over processes: "
+            f"use the granularity 'weight', or strategy='ddp'"
+        )
+    if schedule.rewinds_to is not None:
+        raise ValueError(
+            f"{type(schedule).__name__} keeps a copy of whole parameters, and those of this model are "
+            f"sharded over processes: use another schedule, or strategy='ddp'"
+        )
+    if store_components:
+        raise ValueError(
+            "store_components=True would save one process's rows of DeCI and ReRI only, since the parameters "
+            "of this model are sharded over processes: leave it out, or use strategy='ddp'"
         )

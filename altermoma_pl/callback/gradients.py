@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import optim
 
-from altermoma_pl.callback.several import callbacks_of
+from altermoma_pl.callback.checks import callbacks_of
 
 _BY_ELEMENT = (
     optim.SGD, optim.Adam, optim.AdamW, optim.Adamax, optim.NAdam, optim.RAdam, optim.Adagrad,

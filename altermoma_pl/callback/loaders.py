@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader, DistributedSampler
 
-from altermoma_pl.distributed import num_processes, rank
+from altermoma_pl.model.distributed import num_processes, rank
 
 ProbeLoader = Literal["auto", "calibration", "validation", "training"]
 

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from altermoma_pl.criteria import LossFunction
+from altermoma_pl.score import LossFunction
 
 
 def loss_function(trainer: Trainer, module: LightningModule) -> LossFunction:

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from altermoma_pl.criteria.base import Progress, no_progress
+from altermoma_pl.score.calibration import Progress, no_progress
 
 
 @contextmanager

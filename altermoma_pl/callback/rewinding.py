@@ -11,8 +11,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from altermoma_pl.callback.damage import check_epoch, misfit, misfit_of_optimizer
-from altermoma_pl.schedules import Schedule
+from altermoma_pl.callback.state_checks import check_epoch, misfit, misfit_of_optimizer
+from altermoma_pl.mask.schedules import Schedule
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from altermoma_pl.structured.rebuilding import KEY, reshape_like_
+from altermoma_pl.granularity.channels.rebuilding import KEY, reshape_like_
 
 
 class Slimmed(Callback):

@@ -9,14 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
-from altermoma_pl.callback.damage import check_components, check_epoch, check_events, check_groups
 from altermoma_pl.callback.rewinding import RewindPoint
-from altermoma_pl.callback.scoring import Decision
-from altermoma_pl.criteria import Components
+from altermoma_pl.callback.state_checks import check_components, check_epoch, check_events, check_groups
 from altermoma_pl.granularity import Ranking, Traced
-from altermoma_pl.masks import Masks
-from altermoma_pl.report import SparsityReport
-from altermoma_pl.sparsity import Scope
+from altermoma_pl.mask.masks import Masks
+from altermoma_pl.mask.top_k import Scope
+from altermoma_pl.report.sparsity import SparsityReport
+from altermoma_pl.score import Components
+from altermoma_pl.score.decision import Decision
 
 FORMAT = 2
 

@@ -6,16 +6,15 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from altermoma_pl.callback.checks import check_zeros
-from altermoma_pl.callback.copies import hold_everywhere_
-from altermoma_pl.callback.enforcement import Enforcement
+from altermoma_pl.callback.checks import callbacks_of, check_zeros
 from altermoma_pl.callback.interruptions import resume_with_first_batch
-from altermoma_pl.callback.several import callbacks_of
 from altermoma_pl.callback.state import PruningState
-from altermoma_pl.criteria import Components
+from altermoma_pl.enforce.copies import hold_everywhere_
+from altermoma_pl.enforce.enforcement import Enforcement
 from altermoma_pl.granularity import Traced
-from altermoma_pl.masks import Masks
-from altermoma_pl.report import SparsityReport
+from altermoma_pl.mask.masks import Masks
+from altermoma_pl.report.sparsity import SparsityReport
+from altermoma_pl.score import Components
 
 
 class Stateful(Callback):
@@ -117,7 +116,7 @@ class Stateful(Callback):
             return
         if self._enforcement.masks is not self._state.masks:
             self._enforcement.masks = self._state.masks
-        hold_everywhere_(trainer, module, self._state.masks, saved)
+        hold_everywhere_(callbacks_of(trainer), module, self._state.masks, saved)
 
     def _hold_loaded(self, trainer: Trainer, module: LightningModule) -> None:
         """What a checkpoint has pruned is held as it is until the channels are known."""

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from altermoma_pl.callback import AlterMOMACallback
-from altermoma_pl.criteria import Criterion
 from altermoma_pl.granularity import Granularity, parse_granularity
-from altermoma_pl.schedules import Schedule
-from altermoma_pl.sparsity import Scope, check_density
+from altermoma_pl.mask.schedules import Schedule
+from altermoma_pl.mask.top_k import Scope, check_density
+from altermoma_pl.score import Criterion
 
 Direction = Literal["higher", "lower"]
 Values = dict[str, float]

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from altermoma_pl.compare.statistics import Estimate
 from altermoma_pl.compare.summary import KEPT, Summary, condition_label, percent
-from altermoma_pl.criteria import AlterEva
-from altermoma_pl.figures import COLOURS, MARKERS, SHARED_COLOUR, new_axes
+from altermoma_pl.report.figures import COLOURS, MARKERS, SHARED_COLOUR, new_axes
+from altermoma_pl.score import AlterEva
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

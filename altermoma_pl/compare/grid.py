@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from altermoma_pl.compare.benchmark import Benchmark, Method, Values, identity
-from altermoma_pl.sparsity import check_sparsity
+from altermoma_pl.mask.top_k import check_sparsity
 
 VALUES = "values.json"
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-import altermoma_pl.figures as figures
+import altermoma_pl.report.figures as figures
 from altermoma_pl.callback import AlterMOMACallback
 from altermoma_pl.compare.benchmark import Benchmark, Method, Values
 from altermoma_pl.compare.figures import draw
@@ -20,8 +20,8 @@ from altermoma_pl.compare.progress import Watch
 from altermoma_pl.compare.summary import Summary
 from altermoma_pl.compare.workers import Failure, Workers
 from altermoma_pl.granularity import Granularity
-from altermoma_pl.schedules import Cubic, Schedule
-from altermoma_pl.sparsity import Scope
+from altermoma_pl.mask.schedules import Cubic, Schedule
+from altermoma_pl.mask.top_k import Scope
 
 
 def compare(

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from altermoma_pl.contexts import restored
+from altermoma_pl.export.program import first_line, quiet, trace
 from altermoma_pl.export.tensors import example_tensors, map_inputs, output_tensors, shapes_of
-from altermoma_pl.export.tracing import first_line, quiet, trace
+from altermoma_pl.model.contexts import restored
 
 
 def to_torch_export(model: nn.Module, example_inputs: Any, path: str | Path, dynamic: bool = True) -> Path:

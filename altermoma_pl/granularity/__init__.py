@@ -1,7 +1,7 @@
 """What is pruned as one piece: a weight, a block of N:M, or a channel; from scores to masks for each."""
 
 from altermoma_pl.granularity.base import Granularity, Ranking, Sparsity, Traced
-from altermoma_pl.granularity.channels import Channel
+from altermoma_pl.granularity.channels.channel import Channel
 from altermoma_pl.granularity.parsing import parse_granularity
 from altermoma_pl.granularity.weights import NofM, Weight, input_dims
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from altermoma_pl.criteria import Criterion
-from altermoma_pl.masks import Masks
-from altermoma_pl.sparsity import Scope
-from altermoma_pl.structured import Channels, FlopModel
-from altermoma_pl.structured.declared import Declared
-from altermoma_pl.structured.tracing import Forward
+from altermoma_pl.granularity.channels import Channels, FlopModel
+from altermoma_pl.granularity.channels.declared import Declared
+from altermoma_pl.granularity.channels.tracing import Forward
+from altermoma_pl.mask.masks import Masks
+from altermoma_pl.mask.top_k import Scope
+from altermoma_pl.score import Criterion
 
 Sparsity = float | dict[str, float]
 

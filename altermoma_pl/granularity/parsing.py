@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from altermoma_pl.granularity.base import Granularity
-from altermoma_pl.granularity.channels import Channel
+from altermoma_pl.granularity.channels.channel import Channel
 from altermoma_pl.granularity.weights import NofM, Weight
-from altermoma_pl.patterns import Pattern
+from altermoma_pl.mask.n_of_m import Pattern
 
 
 def parse_granularity(value: str | Granularity) -> Granularity:

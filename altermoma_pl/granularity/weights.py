@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from altermoma_pl.criteria import Criterion
-from altermoma_pl.criteria.computed import Computed
 from altermoma_pl.granularity.base import Granularity, Ranking, Sparsity, shares_pruned
-from altermoma_pl.masks import Masks
-from altermoma_pl.patterns import Pattern, keep_n_of_m
-from altermoma_pl.sparsity import Scope, top_k
+from altermoma_pl.mask.computed import Computed
+from altermoma_pl.mask.masks import Masks
+from altermoma_pl.mask.n_of_m import Pattern, keep_n_of_m
+from altermoma_pl.mask.top_k import Scope, top_k
+from altermoma_pl.score import Criterion
 
 
 @dataclass(frozen=True)

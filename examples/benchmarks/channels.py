@@ -27,8 +27,8 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, so that `examples` is found
 
 from altermoma_pl import AlterEva, AlterMOMACallback, Channel, Cubic, slim
-from altermoma_pl.costs import CostReport, count_flops, measure, time_onnx
 from altermoma_pl.export import example_tensors, to_onnx
+from altermoma_pl.export.costs import CostReport, count_flops, measure, time_onnx
 from examples.benchmarks.fusion import Fusion
 from examples.benchmarks.measuring import options
 from examples.data.batch import Batch

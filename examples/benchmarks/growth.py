@@ -21,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, so that `examples` is found
 
 from altermoma_pl import AlterEva, Masks
-from altermoma_pl.sparsity import top_k
+from altermoma_pl.mask.top_k import top_k
 from examples.benchmarks.measuring import Row, in_turns, options, ratios, show
 from examples.benchmarks.scoring import MIN_DENSITY, SPARSITY, bare_loop, calibration_of, event
 from examples.benchmarks.workloads import Towers

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from altermoma_pl.costs import timing
+from altermoma_pl.export.costs import timing
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def in_turns(
 ) -> dict[str, list[float]]:
     """Seconds of each action: for every repetition the median of `times` runs.
 
-    The actions take turns, as `altermoma_pl.costs.timing` says. Each runs once before, not measured.
+    The actions take turns, as `altermoma_pl.export.costs.timing` says. Each runs once before, not measured.
     """
     taken = timing.in_turns(actions, repeats * times, device=device)
     return {

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, so that `examples` is found
 
-from altermoma_pl.modality import prunable
-from altermoma_pl.patterns import Pattern, keep_n_of_m
-from altermoma_pl.semi_structured import device_obstacle, to_semi_structured
+from altermoma_pl.export.semi_structured import device_obstacle, to_semi_structured
+from altermoma_pl.mask.n_of_m import Pattern, keep_n_of_m
+from altermoma_pl.model.modality import prunable
 from examples.benchmarks.measuring import Row, in_turns, options, ratios, show
 
 PATTERN = Pattern(2, 4)

@@ -24,8 +24,8 @@ from torch.nn.utils import prune
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, so that `examples` is found
 
 from altermoma_pl import Masks
-from altermoma_pl.callback.enforcement import Enforcement
-from altermoma_pl.modality import prunable
+from altermoma_pl.enforce.enforcement import Enforcement
+from altermoma_pl.model.modality import prunable
 from examples.benchmarks.measuring import Row, in_turns, options, ratios, show
 from examples.benchmarks.workloads import Fusion, Towers, fusion
 

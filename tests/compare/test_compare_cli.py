@@ -8,10 +8,10 @@ from altermoma_pl import Magnitude, OneShot, Random
 from altermoma_pl.cli import main
 from altermoma_pl.compare import Method
 from altermoma_pl.compare import runner as runner_module
-from tests.compare.toy import strict_json
+from tests.helpers.toy import strict_json
 
 CONFIG = """
-benchmark: {class_path: tests.compare.toy.Toy, init_args: {width: 9}}
+benchmark: {class_path: tests.helpers.toy.Toy, init_args: {width: 9}}
 methods:
   magnitude: {criterion: altermoma_pl.Magnitude}
   late:
@@ -24,7 +24,7 @@ schedule: {class_path: altermoma_pl.OneShot}
 num_epochs: 2
 output_dir: out
 """
-BROKEN = CONFIG.replace("altermoma_pl.Magnitude", "tests.compare.toy.Failing")
+BROKEN = CONFIG.replace("altermoma_pl.Magnitude", "tests.helpers.toy.Failing")
 
 
 @pytest.fixture(autouse=True)

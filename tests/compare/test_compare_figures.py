@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from altermoma_pl import AlterEva, Magnitude
-from tests.compare.summaries import complete, summary
+from tests.helpers.summaries import complete, summary
 
 figures = pytest.importorskip("altermoma_pl.compare.figures")
 pytest.importorskip("matplotlib")

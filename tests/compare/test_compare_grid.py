@@ -11,7 +11,7 @@ from altermoma_pl import AlterEva, Criterion, Cubic, Magnitude, OneShot, Random
 from altermoma_pl.compare import Method
 from altermoma_pl.compare.benchmark import identity
 from altermoma_pl.compare.grid import Cell, Grid, Store, parse_shard, write_whole
-from tests.compare.toy import Toy
+from tests.helpers.toy import Toy
 
 FULL = Method(AlterEva(), Cubic(), 8, "global", 0.01)
 GRID = Grid(Toy(), {"a": FULL, "b": replace(FULL, criterion=Magnitude())}, (0.5, 0.9), (0, 1, 2))

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.compare.toy import METHODS, OPTIONS, Toy, notes, tables
+from tests.helpers.toy import METHODS, OPTIONS, Toy, notes, tables
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """
-benchmark: {{class_path: tests.compare.toy.Toy, init_args: {{diary: {folder}/diary, pause: {pause}}}}}
+benchmark: {{class_path: tests.helpers.toy.Toy, init_args: {{diary: {folder}/diary, pause: {pause}}}}}
 methods:
   magnitude: {{criterion: Magnitude}}
   random: {{criterion: Random}}

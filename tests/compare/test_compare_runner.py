@@ -8,8 +8,8 @@ import torch
 from altermoma_pl import AlterMOMACallback, Magnitude, OneShot, Random, Weight
 from altermoma_pl.compare import Method, compare
 from altermoma_pl.compare.grid import Cell
-from tests.compare.toy import METHODS, OPTIONS, Failing, Toy, notes, tables
-from tests.lightning_models import MODALITIES, NUM_WEIGHTS
+from tests.helpers.lightning_models import MODALITIES, NUM_WEIGHTS
+from tests.helpers.toy import METHODS, OPTIONS, Failing, Toy, notes, tables
 
 ALL_CELLS = [Cell(seed, s, name) for seed in (0, 1) for s in (0.5, 0.75) for name in METHODS]
 

@@ -11,8 +11,8 @@ from rich.console import Console
 from altermoma_pl.compare import Estimate, Summary
 from altermoma_pl.compare.grid import Store
 from altermoma_pl.compare.summary import Sheet
-from tests.compare.summaries import FIRST, summary
-from tests.compare.toy import strict_json
+from tests.helpers.summaries import FIRST, summary
+from tests.helpers.toy import strict_json
 
 MARKDOWN = [
     r"""**iou at 90% sparsity, higher is better**

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from altermoma_pl import AlterEva
-from altermoma_pl.patterns import check_pattern
-from altermoma_pl.semi_structured import device_obstacle
+from altermoma_pl.export.semi_structured import device_obstacle
+from altermoma_pl.mask.n_of_m import check_pattern
 from examples.benchmarks import channels, growth, measuring, memory, scoring, semi_structured, step
 from examples.benchmarks.workloads import Towers
 

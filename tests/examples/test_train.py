@@ -13,7 +13,7 @@ from lightning import Trainer
 from altermoma_pl import AlterEva, AlterMOMACallback, Channel, Cubic, Magnitude, NofM
 from altermoma_pl.cli import main
 from altermoma_pl.export import check_onnx
-from altermoma_pl.exporting import Run
+from altermoma_pl.export.run import Run
 from altermoma_pl.granularity import parse_granularity
 from examples.data.datamodule import DrivingData
 from examples.models.fusion import FusionModel

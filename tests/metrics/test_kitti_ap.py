@@ -15,7 +15,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from altermoma_pl.metrics import KittiAP, kitti_types
 from altermoma_pl.metrics.kitti_rules import overlaps, threshold_ranks
-from tests.metrics.kitti_scenes import Thing, detections, random_scene, reference, targets
+from tests.helpers.kitti_scenes import Thing, detections, random_scene, reference, targets
 
 ONE_FOUND = 1 / 11  # R11 with a precision of 1 at the first threshold only
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from torch.testing import assert_close
 
 from altermoma_pl.metrics import CentreDistanceAP, DetectionClass, NuScenesDetection
-from tests.metrics.nuscenes_scenes import UNKNOWN, arguments, detection, evaluate, scene, truth
+from tests.helpers.nuscenes_scenes import UNKNOWN, arguments, detection, evaluate, scene, truth
 
 CAR = DetectionClass("car", 50.0)
 CONE, BARRIER = 8, 9

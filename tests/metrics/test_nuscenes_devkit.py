@@ -12,7 +12,7 @@ import torch
 from torch.testing import assert_close
 
 from altermoma_pl.metrics import NUSCENES_CLASSES
-from tests.metrics.nuscenes_scenes import evaluate, scene
+from tests.helpers.nuscenes_scenes import evaluate, scene
 
 ERRORS = {
     "ate": "trans_err",

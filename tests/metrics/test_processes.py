@@ -4,7 +4,7 @@ import pytest
 from torch.testing import assert_close
 
 from altermoma_pl.metrics import CentreDistanceAP, NuScenesDetection
-from tests.metrics.nuscenes_scenes import arguments, scene
+from tests.helpers.nuscenes_scenes import arguments, scene
 
 METRICS = {CentreDistanceAP: lambda: CentreDistanceAP(10), NuScenesDetection: NuScenesDetection}
 

@@ -1,0 +1,1 @@
+"""Keeps pruned weights at zero while training goes on; knows nothing of scores."""

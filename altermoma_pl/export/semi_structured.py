@@ -1,0 +1,164 @@
+"""2:4 masks that save time: linear layers whose weights NVIDIA GPUs hold and multiply without the zeros."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.sparse import to_sparse_semi_structured
+
+from altermoma_pl.mask.masks import Masks
+from altermoma_pl.mask.n_of_m import Pattern, at_most
+
+HARDWARE = Pattern(2, 4)
+"""The only pattern that GPUs know."""
+
+_AMPERE = (8, 0)  # compute capability from which there are sparse tensor cores
+_MULTIPLES = {torch.float16: 16, torch.bfloat16: 16}  # of both dimensions, as cuSPARSELt needs them
+
+Obstacle = Callable[[torch.device], str | None]
+
+
+class SemiStructured(NamedTuple):
+    """What `to_semi_structured` made of a model.
+
+    Args:
+        model: A copy, with compressed weights.
+        converted: Names of the weights that are compressed.
+        dense: Name of each other masked parameter -> why it stays as it was, with its zeros.
+    """
+
+    model: nn.Module
+    converted: tuple[str, ...]
+    dense: dict[str, str]
+
+
+def explain(pattern: Pattern, device_type: str) -> str:
+    """What masks of this pattern save on a device, in a sentence or two for a report.
+
+    Args:
+        pattern: Of the masks.
+        device_type: As in `torch.device.type`: "cpu", "cuda"..
+    """
+    if device_type != "cuda":
+        name = {"cpu": "a CPU"}.get(device_type, f"the device {device_type!r}")
+        return (
+            f"{pattern} has no gain on {name}: the zeros are multiplied like other numbers, for PyTorch has "
+            f"kernels that pass over them on NVIDIA GPUs only (Ampere or newer, and 2:4)."
+        )
+    if not _within_hardware(pattern):
+        return (
+            f"{pattern} has no gain on NVIDIA GPUs: they pass over zeros if at most 2 of each 4 weights "
+            f"stay, which {pattern} does not ensure. Take 2:4."
+        )
+    less = "" if pattern == HARDWARE else f" {pattern} is no faster there than 2:4."
+    return (
+        f"{pattern} makes linear layers in float16 or bfloat16 faster on NVIDIA GPUs from Ampere on, once "
+        f"`to_semi_structured` has compressed their weights; convolutions stay dense in PyTorch.{less}"
+    )
+
+
+def device_obstacle(device: torch.device) -> str | None:
+    """Why 2:4 weights would save nothing on this device, or None if they would."""
+    if device.type != "cuda":
+        return explain(HARDWARE, device.type)
+    if not torch.cuda.is_available():
+        return "PyTorch finds no CUDA device here"
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is not None or capability < _AMPERE:
+        found = (
+            f"{torch.cuda.get_device_name(device)} with compute capability {capability[0]}.{capability[1]}"
+        )
+        return f"2:4 needs the sparse tensor cores of an NVIDIA GPU from Ampere on (8.0), this is {found}"
+    if not torch.backends.cusparselt.is_available():
+        return "2:4 needs cuSPARSELt, without which this PyTorch was built: install an official CUDA build"
+    return None
+
+
+def to_semi_structured(
+    model: nn.Module, masks: Masks, obstacle: Obstacle = device_obstacle
+) -> SemiStructured:
+    """A copy of a model, for inference, whose linear layers hold their 2:4 weights without the zeros.
+
+    Weights are compressed by `torch.sparse.to_sparse_semi_structured` if the layer is an `nn.Linear` on a
+    device that gains by it, in float16 or bfloat16, with both dimensions multiples of 16, and if at most 2
+    of each 4 consecutive inputs stay. All other masked parameters are zero where pruned. The model that is
+    given stays as it is.
+
+    Run the copy under `torch.inference_mode()`: there are no gradients. Inputs of compressed layers must
+    have the type of the weights, as autocast does not reach them, and be contiguous.
+
+    Args:
+        model: Already on the device and in the type that it will run in.
+        masks: Of its parameters, whole; need not be applied yet.
+        obstacle: Why a device gains nothing, or None; by default what PyTorch says of it.
+
+    Raises:
+        ValueError: If masks are sharded or not of this model, or no masked parameter is on a device that
+            gains; it says why.
+    """
+    if masks.sharded:
+        raise ValueError(
+            "sharded weights cannot be compressed: load the checkpoint into a model on one device first"
+        )
+    masks.check_fits(model)
+    parameters = dict(model.named_parameters())
+    obstacles = {device: obstacle(device) for device in {parameters[name].device for name in masks}}
+    if all(obstacles.values()):
+        raise ValueError(next(filter(None, obstacles.values())))
+    compressed = copy.deepcopy(model)
+    masks.to(compressed).apply_(compressed)
+    converted, dense = [], {}
+    for name, mask in masks.items():
+        path, _, attribute = name.rpartition(".")
+        reason = (
+            _layer_obstacle(compressed, path, attribute)
+            or obstacles[parameters[name].device]
+            or _weight_obstacle(parameters[name], mask)
+        )
+        if reason:
+            dense[name] = reason
+        else:
+            _compress_(compressed.get_submodule(path))
+            converted.append(name)
+    return SemiStructured(compressed, tuple(converted), dense)
+
+
+def _within_hardware(pattern: Pattern) -> bool:
+    """Whether any four weights that begin at a multiple of four then have two zeros."""
+    # Four consecutive weights meet at most two blocks, and lie in one if blocks are of 4, 8, 12..
+    return pattern.n == 1 or (pattern.n == 2 and pattern.m % 4 == 0)
+
+
+def _layer_obstacle(model: nn.Module, path: str, attribute: str) -> str | None:
+    """Why the parameter of this layer cannot be of another kind of tensor."""
+    layer = model.get_submodule(path)
+    if type(layer) is not nn.Linear or attribute != "weight":
+        return f"{attribute!r} of {type(layer).__name__}: only the weight of an nn.Linear can be compressed"
+    parent = model.get_submodule(path.rpartition(".")[0])
+    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+        return (
+            "nn.TransformerEncoderLayer reads its weights without calling the layer: call "
+            "torch.backends.mha.set_fastpath_enabled(False) first"
+        )
+    return None
+
+
+def _weight_obstacle(weight: Tensor, mask: Tensor) -> str | None:
+    """Why this matrix cannot be compressed."""
+    multiple = _MULTIPLES.get(weight.dtype)
+    if multiple is None:
+        return f"{weight.dtype}: turn the model into float16 or bfloat16 first, by .half() or .bfloat16()"
+    if not weight.numel() or any(length % multiple for length in weight.shape):
+        return f"shape {tuple(weight.shape)}: both dimensions must be multiples of {multiple}"
+    if not at_most(mask, HARDWARE):
+        return "more than 2 weights of some 4 consecutive inputs stay"
+    return None
+
+
+def _compress_(layer: nn.Module) -> None:
+    weight = layer.get_parameter("weight").detach().contiguous()
+    layer.weight = nn.Parameter(to_sparse_semi_structured(weight), requires_grad=False)

@@ -1,0 +1,134 @@
+"""Whole channels, in all layers that are coupled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from altermoma_pl.granularity.base import Granularity, Ranking, Sparsity, Traced, shares_pruned
+from altermoma_pl.granularity.channels import FlopModel, Kept, find_channels, keep_widths, owners
+from altermoma_pl.granularity.channels.tracing import Forward
+from altermoma_pl.mask.masks import Masks
+from altermoma_pl.mask.top_k import Scope
+from altermoma_pl.model.contexts import noise_free, restored
+from altermoma_pl.model.options import check_type
+from altermoma_pl.score import Criterion
+
+
+@dataclass(frozen=True)
+class Channel(Granularity):
+    """Whole channels, in all layers that are coupled (needs the extra `structured`).
+
+    Masked while training goes on; `slim` and `altermoma export` remove them.
+
+    Args:
+        target: Whether the sparsity is a share of the "channels" or of the "flops" of a forward pass. At
+            least that share goes, by less than one block of channels more.
+        round_to: Widths stay multiples of it, or as they are.
+        declared: Groups that no graph can follow, see `find_channels`.
+
+    Raises:
+        ValueError: If a value is outside what is described.
+    """
+
+    target: Literal["channels", "flops"] = "channels"
+    round_to: int = 8
+    declared: dict[str, dict[str, str]] | None = None
+
+    by_channel = True
+
+    def __post_init__(self) -> None:
+        check_type("target", self.target, Literal["channels", "flops"])
+        check_type("round_to", self.round_to, int)
+        if self.round_to < 1:
+            raise ValueError(f"round_to must be at least 1, got {self.round_to}")
+
+    def check(self, criterion: Criterion, sparsity: Sparsity, scope: Scope, min_density: float) -> None:
+        """The criterion must know nothing of weights, and FLOPs are those of the whole model."""
+        if not criterion.for_channels:
+            raise ValueError(
+                f"{type(criterion).__name__} scores single weights, not channels: choose AlterEva, "
+                f"Magnitude, SNIP, Taylor or Random, or one of your own with for_channels = True"
+            )
+        if scope == "row":
+            raise ValueError("the scope 'row' is one of weights: choose 'global', 'modality' or 'layer'")
+        if self.target == "flops" and scope != "global":
+            raise ValueError(f"FLOPs are those of the whole model: choose the scope 'global', got {scope!r}")
+
+    def trace(self, model: nn.Module, forward: Forward, prunable: list[str]) -> Traced:
+        """The channels of a model, which is left as it was; norms and dropout are quiet meanwhile.
+
+        Raises:
+            ModuleNotFoundError, ValueError: As `find_channels`.
+        """
+        with noise_free(model):
+            channels = find_channels(model, forward, prunable, self.declared)
+            with restored(model):
+                return Traced(channels, FlopModel(model, forward, channels), self.declared or {})
+
+    def masks(self, scores: Mapping[str, Tensor], sparsity: Sparsity, ranking: Ranking) -> Masks:
+        """The channels with the highest scores."""
+        traced = _traced(ranking)
+        before, kept = traced.channels.kept(ranking.masks), Kept()
+        steps = {name: group.step(self.round_to) for name, group in traced.channels.items()}
+        cost = traced.flops if self.target == "flops" else None
+        scope_of = self._scope_of(ranking)
+        for label in dict.fromkeys(scope_of.values()):
+            names = [name for name, own in scope_of.items() if own == label]
+            scores_of = {name: scores[name] for name in names}
+            within = {name: before[name] for name in names}
+            share = sparsity[label] if isinstance(sparsity, dict) else sparsity
+            kept |= keep_widths(scores_of, share, steps, ranking.min_density, within, cost)
+        return traced.channels.to_masks(kept, ranking.masks)
+
+    def pruned(self, ranking: Ranking, by_modality: bool) -> Sparsity:
+        """Share of channels or FLOPs, the smallest of all scopes: blocks may take more of another."""
+        traced = _traced(ranking)
+        widths = {name: int(flags.sum()) for name, flags in traced.channels.kept(ranking.masks).items()}
+        if self.target == "flops":
+            return 1 - traced.flops(widths) / traced.flops.total
+        sizes = {name: group.num_channels for name, group in traced.channels.items()}
+        if by_modality:
+            return shares_pruned(widths, sizes, owners(traced.channels, ranking.group_of))
+        return min(shares_pruned(widths, sizes, self._scope_of(ranking)).values())
+
+    def shortfall(self, sparsity: Sparsity, ranking: Ranking) -> str:
+        """By the shares."""
+        channels = _traced(ranking).channels
+        self.masks({name: torch.zeros(g.num_channels) for name, g in channels.items()}, sparsity, ranking)
+        pruned, wanted = _by_group(self.pruned(ranking, isinstance(sparsity, dict))), _by_group(sparsity)
+        short = [
+            f"{share:.4g}{name and f' of {name}'}"
+            for name, share in pruned.items()
+            if share < wanted[name] - 1e-12
+        ]
+        what = "FLOPs" if self.target == "flops" else "channels"
+        return (
+            f"a share of {', '.join(short)} of the {what} is pruned, the target is {sparsity}"
+            if short
+            else ""
+        )
+
+    def _scope_of(self, ranking: Ranking) -> dict[str, str]:
+        """Group -> what its channels compete in."""
+        channels = _traced(ranking).channels
+        if ranking.scope == "layer":
+            return {name: name for name in channels}
+        if ranking.scope == "modality":
+            return owners(channels, ranking.group_of)
+        return dict.fromkeys(channels, "")
+
+
+def _by_group(sparsity: Sparsity) -> dict[str, float]:
+    """Group -> share, with "" for one share of all."""
+    return sparsity if isinstance(sparsity, dict) else {"": sparsity}
+
+
+def _traced(ranking: Ranking) -> Traced:
+    if ranking.traced is None:
+        raise ValueError("the channels are not known: the model was not traced")
+    return ranking.traced

@@ -1,0 +1,145 @@
+"""`slim`: the channels that masks prune are removed from a copy of the model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from altermoma_pl.granularity.channels.declared import Declared
+from altermoma_pl.granularity.channels.finding import find_channels
+from altermoma_pl.granularity.channels.groups import Channels
+from altermoma_pl.granularity.channels.resizing import Attributes, Resizing, attributes_of, changed_attributes
+from altermoma_pl.granularity.channels.tracing import trainable
+from altermoma_pl.granularity.channels.trial import TOLERANCE, difference, outputs_of
+from altermoma_pl.mask.masks import Masks
+from altermoma_pl.model.contexts import restored
+
+
+@dataclass(frozen=True, eq=False)
+class Slim:
+    """A model without its pruned channels.
+
+    Args:
+        model: The smaller model, a copy.
+        resizing: Which positions of which tensors stayed, also for an optimizer's state.
+        attributes: Module path -> attributes that differ from the dense model's, such as `groups`.
+        difference: Largest difference between its outputs and those of the masked model, relative.
+        widths: Group of channels -> (how many stay, of how many).
+        still_masked: Layer -> why channels that masks prune are still there, as zeros.
+        channels: All groups of the dense model.
+    """
+
+    model: nn.Module
+    resizing: Resizing
+    attributes: Attributes
+    difference: float
+    widths: Mapping[str, tuple[int, int]]
+    still_masked: Mapping[str, str] = field(default_factory=dict)
+    channels: Channels = field(default_factory=lambda: Channels(()))
+
+
+def slim(
+    model: nn.Module,
+    masks: Masks,
+    example_inputs: Sequence[Any],
+    declared: Declared | None = None,
+) -> Slim:
+    """Remove from a copy of `model` every channel that `masks` prunes in all coupled layers.
+
+    Evaluated on the example inputs, the copy gives what the masked model gives, to a relative 1e-5, or there
+    is an error. `model` is left as it was.
+
+    Args:
+        model: The pruned model, or its dense weights: masks are applied to the copy.
+        masks: Of the weights; those of `AlterMOMACallback` with the granularity "channel".
+        example_inputs: Positional arguments of `model`.
+        declared: As for `find_channels`.
+
+    Raises:
+        ModuleNotFoundError: Without torch-pruning (extra `structured`).
+        ValueError: If the masks do not fit the model, the inputs are missing or refused, the model cannot be
+            followed, no channel is pruned as a whole, or the smaller model gives something else.
+    """
+    masks.check_fits(model)
+    if not isinstance(example_inputs, (tuple, list)) or not example_inputs:
+        raise ValueError(
+            f"example_inputs must be a tuple of the positional arguments of {type(model).__name__}, "
+            f"got {type(example_inputs).__name__}"
+        )
+    smaller = _copy(model)
+    masks.apply_(smaller)
+    modes = [(module, module.training) for module in smaller.modules()]
+    smaller.eval()
+
+    def forward(module: nn.Module) -> Any:
+        return module(*example_inputs)
+
+    with trainable(smaller):  # it may have been frozen after it was pruned
+        channels = find_channels(smaller, forward, declared=declared)
+    kept = channels.kept({name: p.detach() for name, p in smaller.named_parameters()})
+    _check_worthwhile(kept, channels, masks)
+    with restored(smaller):
+        masked = outputs_of(smaller, forward)
+    resizing = Resizing.of(channels, kept, smaller)
+    before = attributes_of(smaller)
+    resizing.apply_(smaller)
+    with restored(smaller):
+        gap = difference(masked, outputs_of(smaller, forward))
+    if not gap <= TOLERANCE:
+        cut = [name for name, flags in kept.items() if not bool(flags.all())]
+        raise ValueError(
+            f"without its pruned channels {type(model).__name__} gives something else than with zeros there: "
+            f"the difference is {gap:.1e}, allowed are {TOLERANCE:.0e}. Channels were removed from {cut}: "
+            f"leave layers out by prunable patterns to find the one at fault"
+        )
+    for module, training in modes:
+        module.training = training
+    return Slim(
+        smaller,
+        resizing,
+        changed_attributes(before, attributes_of(smaller)),
+        gap,
+        {name: (int(flags.sum()), len(flags)) for name, flags in kept.items()},
+        _still_masked(masks, resizing, channels),
+        channels,
+    )
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # of any module
+        raise ValueError(f"{type(model).__name__} cannot be copied: {error}") from error
+
+
+def _check_worthwhile(kept: Mapping[str, Tensor], channels: Channels, masks: Masks) -> None:
+    gone = [name for name, flags in kept.items() if not bool(flags.any())]
+    if gone:
+        raise ValueError(f"all channels of {gone} are pruned: nothing would be left of these layers")
+    if all(bool(flags.all()) for flags in kept.values()):
+        share = 1 - masks.num_kept / max(1, sum(mask.numel() for mask in masks.values()))
+        raise ValueError(
+            f"no channel is pruned as a whole (sparsity of the masks: {share:.4g}): prune with the "
+            f"granularity 'channel'; zeros that are scattered over a layer save no time"
+        )
+
+
+def _still_masked(masks: Masks, resizing: Resizing, channels: Channels) -> dict[str, str]:
+    """Layers of which rows are pruned but not removed."""
+    found = {}
+    for name, mask in masks.items():
+        if mask.ndim < 2:
+            continue
+        rows = mask.flatten(1).any(1).cpu()
+        stay = resizing.positions.get(name, {}).get(0, torch.arange(len(rows)))
+        left = int((~rows[stay]).sum())
+        if left:
+            path = name.rpartition(".")[0]
+            reason = channels.excluded.get(path, "not all that is coupled with them is pruned")
+            found[path] = f"{left} of {len(stay)} channels are zero but stay: {reason}"
+    return found

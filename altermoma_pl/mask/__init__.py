@@ -1,0 +1,1 @@
+"""Which weights stay, given scores and a target; knows nothing of models."""

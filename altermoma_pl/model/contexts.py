@@ -1,0 +1,219 @@
+"""Context managers that change a model and bring it back, exactly, also after an exception."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from altermoma_pl.model.distributed import like, local
+
+_NORMS = (nn.modules.batchnorm._NormBase,)
+_DROPOUTS = (nn.modules.dropout._DropoutNd, nn.MultiheadAttention)
+# Stochastic depth has no class in torch; these are the names that it goes by.
+_STOCHASTIC_DEPTH = ("DropPath", "StochasticDepth", "DropBlock")
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Bring `model` and all random number generators back on exit, bit for bit.
+
+    Covers parameters, buffers, `requires_grad`, train and eval flags, gradients (None stays None, and
+    inside all gradients are None), plain attributes of modules such as counters, lists and metric
+    states, and the states of torch (CPU and CUDA), numpy and `random`.
+
+    Yields:
+        A function that brings back the same state at once; the context goes on.
+    """
+    undo = [_remember(vars(module), depth=2) for module in model.modules()]
+    parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    generators = _generator_states()
+
+    def reset() -> None:
+        for bring_back in undo:
+            bring_back()
+        for parameter, requires_grad, _ in parameters:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = None
+        _set_generator_states(generators)
+
+    for parameter, _, _ in parameters:
+        parameter.grad = None
+    try:
+        yield reset
+    finally:
+        reset()
+        for parameter, _, gradient in parameters:
+            parameter.grad = gradient
+
+
+@contextmanager
+def generators_restored() -> Iterator[None]:
+    """Bring the generators of torch (CPU and CUDA), numpy and `random` back on exit."""
+    states = _generator_states()
+    try:
+        yield
+    finally:
+        _set_generator_states(states)
+
+
+@contextmanager
+def deactivated(model: nn.Module, modality: Iterable[str]) -> Iterator[None]:
+    """Multiply every parameter of a modality by zero inside the context (mu = 0 in the paper).
+
+    Weights, biases and norm affine parameters alike, so that the branch emits zeros rather than a
+    constant. Integers and geometry constants are not among the names that `Modalities.resolve` gives.
+
+    Args:
+        model: The model.
+        modality: The parameter names, `modalities.resolve(model)["camera"]`.
+
+    Raises:
+        ValueError: If a name is not a parameter of `model`, or there is none.
+    """
+    parameters = dict(model.named_parameters())
+    names = list(modality)
+    unknown = [name for name in names if name not in parameters]
+    if unknown or not names:
+        raise ValueError(
+            f"cannot deactivate {unknown or 'nothing'}: give names of parameters of "
+            f"{type(model).__name__}, as Modalities.resolve returns them"
+        )
+    saved = {name: parameters[name].detach().clone() for name in names}
+    with torch.no_grad():
+        for name in names:
+            parameters[name].zero_()
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in saved.items():
+                parameters[name].copy_(value)
+
+
+@contextmanager
+def noise_free(model: nn.Module) -> Iterator[None]:
+    """Inside, norm layers use their running statistics and dropout is off; all else keeps its mode."""
+    quiet = [m for m in model.modules() if _is_noisy(m)]
+    flags = [m.training for m in quiet]
+    for module in quiet:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, flag in zip(quiet, flags, strict=True):
+            module.training = flag
+
+
+def seed_generators(seed: int) -> None:
+    """Seed torch (all devices), numpy where it is loaded, and `random`; use inside `restored`."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed % 2**32)
+
+
+def _is_noisy(module: nn.Module) -> bool:
+    if isinstance(module, _NORMS):
+        # Without running statistics, evaluation mode would change nothing.
+        return module.running_mean is not None
+    return isinstance(module, _DROPOUTS) or type(module).__name__ in _STOCHASTIC_DEPTH
+
+
+def _remember(value: Any, depth: int) -> Callable[[], None]:
+    """How to bring back the content of a tensor, or of a container to the given depth.
+
+    The same objects are filled again, because others may hold a reference to them. Only exact
+    builtins, and the ordered dictionary that modules of older torch keep their parameters in: any
+    other subclass may have a meaning of its own.
+    """
+    if isinstance(value, Tensor):
+        return _remember_tensor(value)
+    if type(value) in (dict, OrderedDict):
+        items = dict(value)
+        inner = _remember_all(items.values(), depth)
+
+        def bring_back_dict() -> None:
+            if list(value) != list(items):  # the order counts: it is that of named_parameters()
+                value.clear()
+            value.update(items)
+            inner()
+
+        return bring_back_dict
+    if type(value) is list:
+        elements = list(value)
+        inner = _remember_all(elements, depth)
+
+        def bring_back_list() -> None:
+            value[:] = elements
+            inner()
+
+        return bring_back_list
+    return _nothing
+
+
+def _remember_all(values: Iterable[Any], depth: int) -> Callable[[], None]:
+    if depth == 0:
+        return _nothing
+    undo = [_remember(value, depth - 1) for value in values if isinstance(value, (Tensor, dict, list))]
+
+    def bring_back() -> None:
+        for each in undo:
+            each()
+
+    return bring_back
+
+
+def _remember_tensor(tensor: Tensor) -> Callable[[], None]:
+    if tensor.layout != torch.strided:
+        return _nothing
+    storage = local(tensor).detach()  # the same memory, even if user code points `tensor.data` elsewhere
+    content = storage.clone()
+
+    @torch.no_grad()
+    def bring_back() -> None:
+        if local(tensor).data_ptr() != storage.data_ptr():
+            tensor.data = like(storage, tensor)
+        if not _same_bits(storage, content):
+            storage.copy_(content)
+
+    return bring_back
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Unlike `torch.equal`, NaN is the same as itself and -0 is not the same as 0."""
+    if one.is_complex():
+        one, other = torch.view_as_real(one), torch.view_as_real(other)
+    integer = _INTEGERS[one.element_size()]  # of the same size: a view, whatever the strides
+    return torch.equal(one.view(integer), other.view(integer))
+
+
+def _nothing() -> None:
+    """There is nothing to bring back."""
+
+
+def _generator_states() -> dict[str, Any]:
+    states: dict[str, Any] = {"torch": torch.get_rng_state(), "random": random.getstate()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    if "numpy" in sys.modules:
+        states["numpy"] = sys.modules["numpy"].random.get_state()
+    return states
+
+
+def _set_generator_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    random.setstate(states["random"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state_all(states["cuda"])
+    if "numpy" in states:
+        sys.modules["numpy"].random.set_state(states["numpy"])

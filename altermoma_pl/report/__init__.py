@@ -1,0 +1,1 @@
+"""What is pruned where: tables and figures."""

@@ -1,0 +1,266 @@
+"""A network made linear and positive while it runs, whatever its modules and its loss are."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+from torch.nn import functional as F  # noqa: N812
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from altermoma_pl.score.graph import upstream
+
+_LAYERS = (
+    F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
+)  # fmt: skip
+_CASTS = (
+    Tensor.to, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double, Tensor.type, Tensor.type_as,
+)  # fmt: skip
+_IN_PLACE = ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__iand__", "__ior__")
+_ATTENTION = inspect.signature(F.multi_head_attention_forward)
+
+
+class Linearized(TorchFunctionMode):
+    """Inside, functions of torch are replaced by linear ones that keep positive numbers positive.
+
+    Only where a result depends on parameters: geometry, targets and masks are computed as ever.
+
+    - Linear layers and convolutions use |weight| and no bias. One whose input depends on no parameter
+      is an entry: it sees ones instead of data.
+    - Batch norm is x |gamma| / sqrt(var + eps); other norms are x |gamma|. One on data is an entry too.
+    - Activations are ReLU, dropout and exponentials are the identity.
+    - A softmax has the value of a uniform one over what is not masked, a sigmoid the value 1/2, whatever
+      their input; their derivative is that of a share, so that what feeds a gate receives flow as well.
+    - Everything floating is float64, also where user code casts it down.
+
+    It does not reach into compiled or scripted modules, nor into norms written out by hand.
+
+    Attributes:
+        layers: Of each linear layer and convolution that ran, its node in the graph and the sum of its
+            output.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers: list[tuple[Node | None, Tensor]] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Called by torch instead of each of its functions; this mode is off inside."""
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in ("__get__", "__set__"):  # properties
+            return func(*args, **kwargs)
+        if func in _CASTS:
+            return _cast(func, *args, **kwargs)
+        if name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")):
+            return func(args[0], *tree_map(_like(args[0]), args[1:]), **tree_map(_like(args[0]), kwargs))
+        args, kwargs = tree_map(_double, (args, kwargs))
+        if not any(isinstance(a, Tensor) and a.requires_grad for a in (*args, *kwargs.values())):
+            return tree_map(_double, func(*args, **kwargs))
+        if func in _LAYERS:
+            return self._layer(func, *args, **kwargs)
+        if func is F.multi_head_attention_forward:
+            return self._multi_head_attention(**_ATTENTION.bind(*args, **kwargs).arguments)
+        return tree_map(_double, _REPLACEMENTS.get(func, func)(*args, **kwargs))
+
+    def heads(self) -> list[Tensor]:
+        """Summed outputs of the layers that feed no other layer."""
+        inner = upstream(node for node, _ in self.layers)
+        return [total for node, total in self.layers if node not in inner]
+
+    def _layer(
+        self,
+        func: Callable[..., Tensor],
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        output = func(_entering(input), weight.abs(), None, *args, **kwargs)
+        if output.requires_grad:
+            self.layers.append((output.grad_fn, output.sum()))  # now: users may change it in place
+        return output
+
+    def _multi_head_attention(
+        self, query: Tensor, key: Tensor, value: Tensor, num_heads: int, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        if options.get("use_separate_proj_weight"):
+            weights = [options[f"{name}_proj_weight"] for name in "qkv"]
+        else:
+            weights = options["in_proj_weight"].chunk(3)
+        q, k, v = (
+            _split_heads(self._layer(F.linear, x, weight), num_heads)
+            for x, weight in zip((query, key, value), weights, strict=True)
+        )
+        flow = q @ k.transpose(-2, -1)
+        mask, padding = options.get("attn_mask"), options.get("key_padding_mask")
+        if mask is not None:
+            mask = mask.view(-1, num_heads, *mask.shape[1:]) if mask.ndim > 2 and flow.ndim > 3 else mask
+            flow = flow.masked_fill(mask if mask.dtype == torch.bool else mask < 0, -1.0)
+        if padding is not None:
+            forbidden = padding if padding.dtype == torch.bool else padding < 0
+            flow = flow.masked_fill(forbidden[..., None, None, :], -1.0)
+        shares = _softmax(flow, -1)
+        output = (shares @ v).movedim(-2, 0).flatten(-2)
+        output = self._layer(F.linear, output, options["out_proj_weight"])
+        if not options.get("need_weights", True):
+            return output, None
+        return output, shares.mean(-3) if options.get("average_attn_weights", True) else shares
+
+
+def _double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _like(tensor: Tensor) -> Callable[[Any], Any]:
+    """Bring what is combined with a tensor in place to that tensor's type."""
+
+    def convert(value: Any) -> Any:
+        floating = isinstance(value, Tensor) and value.is_floating_point() and tensor.is_floating_point()
+        return value.to(tensor.dtype) if floating else value
+
+    return convert
+
+
+def _cast(func: Callable[..., Any], tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    result = func(tensor, *args, **kwargs)
+    if isinstance(result, Tensor) and result.is_floating_point() and tensor.is_floating_point():
+        return tensor.to(result.device).double()
+    return _double(result)
+
+
+def _entering(input: Tensor) -> Tensor:
+    """Ones for data, and what depends on parameters as it is."""
+    return input if input.requires_grad else torch.ones_like(input)
+
+
+def _split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(length, [batch,] width) -> ([batch,] heads, length, width / heads)."""
+    return x.reshape(*x.shape[:-1], num_heads, -1).movedim(0, -2)
+
+
+def _gate(input: Tensor) -> Tensor:
+    """The value 1 with the derivative of log x: a gate's input gets the flow that goes through it."""
+    flow = input.clamp(min=0)
+    size = flow.detach()
+    return 1 + (flow - size) / size.where(size > 0, 1.0)
+
+
+def _sigmoid(input: Tensor, *_: Any, **__: Any) -> Tensor:
+    return 0.5 * _gate(input)
+
+
+def _softmax(input: Tensor, dim: int | None = None, *_: Any, **__: Any) -> Tensor:
+    dim = -1 if dim is None else dim
+    allowed = (input.detach() >= 0).double()  # flow is not negative, what masks add is
+    return allowed / allowed.sum(dim, keepdim=True).clamp(min=1) * _gate(input)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **_: Any,
+) -> Tensor:
+    flow = query @ key.transpose(-2, -1)
+    if is_causal:
+        attn_mask = torch.ones(flow.shape[-2:], dtype=torch.bool, device=flow.device).tril()
+    if attn_mask is not None:
+        forbidden = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask < 0
+        flow = flow.masked_fill(forbidden, -1.0)
+    return _softmax(flow, -1) @ value
+
+
+def _identity(input: Tensor, *_: Any, **__: Any) -> Tensor:
+    return input
+
+
+def _relu(input: Tensor, *_: Any, **__: Any) -> Tensor:
+    return input.relu()
+
+
+def _glu(input: Tensor, dim: int = -1) -> Tensor:
+    value, gate = input.chunk(2, dim)
+    return value * _sigmoid(gate)
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    output = _scaled_channels(_entering(input), weight)
+    return output if running_var is None else _scaled_channels(output, (running_var + eps).rsqrt())
+
+
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    *_: Any,
+    **__: Any,
+) -> Tensor:
+    return _scaled_channels(_entering(input), weight)
+
+
+def _group_norm(input: Tensor, num_groups: int, weight: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    return _scaled_channels(_entering(input), weight)
+
+
+def _layer_norm(input: Tensor, shape: Any, weight: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    return _entering(input) if weight is None else _entering(input) * weight.abs()
+
+
+def _scaled_channels(x: Tensor, scale: Tensor | None) -> Tensor:
+    return x if scale is None else x * scale.abs().view(-1, *[1] * (x.ndim - 2))
+
+
+def _unbounded(input: Tensor, *_: Any, reduction: str = "mean", **__: Any) -> Tensor:
+    """In place of a loss that refuses inputs that are no probabilities; its value is not used."""
+    return input if reduction == "none" else input.mean()
+
+
+_REPLACEMENTS: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys(
+        (
+            F.relu, F.relu6, F.hardtanh, F.leaky_relu, F.rrelu, F.prelu, F.elu, F.celu, F.selu, F.gelu,
+            F.silu, F.mish, F.hardswish, F.softplus, F.threshold, F.tanhshrink, F.softsign,
+            F.tanh, torch.tanh, Tensor.tanh,
+        ),
+        _relu,
+    ),
+    **dict.fromkeys(
+        (
+            F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
+            F.normalize, torch.exp, Tensor.exp,
+        ),
+        _identity,
+    ),
+    **dict.fromkeys((F.sigmoid, torch.sigmoid, Tensor.sigmoid, F.hardsigmoid), _sigmoid),
+    **dict.fromkeys((F.softmax, torch.softmax, Tensor.softmax), _softmax),
+    F.glu: _glu,
+    F.scaled_dot_product_attention: _attention,
+    F.batch_norm: _batch_norm,
+    F.instance_norm: _instance_norm,
+    F.group_norm: _group_norm,
+    F.layer_norm: _layer_norm,
+    F.rms_norm: _layer_norm,
+    F.binary_cross_entropy: _unbounded,
+}  # fmt: skip

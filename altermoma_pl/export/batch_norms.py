@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from altermoma_pl.model.contexts import modes_restored
+
 
 @torch.no_grad()
 def recalibrate_(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any]) -> int:
@@ -28,25 +30,23 @@ def recalibrate_(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn
     norms = [m for m in model.modules() if isinstance(m, kind) and m.running_mean is not None]
     if not norms:
         raise ValueError(f"{type(model).__name__} has no batch norm with running statistics to measure anew")
-    modes = [(module, module.training) for module in model.modules()]
     momenta = [norm.momentum for norm in norms]
     count = 0
     try:
-        model.eval()
-        for norm in norms:
-            norm.train()
-            norm.momentum = None  # the mean over all batches, rather than a moving one
-        for batch in batches:
-            if count == 0:
-                for norm in norms:
-                    norm.reset_running_stats()
-            forward(model, batch)
-            count += 1
+        with modes_restored(model):
+            model.eval()
+            for norm in norms:
+                norm.train()
+                norm.momentum = None  # the mean over all batches, rather than a moving one
+            for batch in batches:
+                if count == 0:
+                    for norm in norms:
+                        norm.reset_running_stats()
+                forward(model, batch)
+                count += 1
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-        for module, training in modes:
-            module.training = training
     if count == 0:
         raise ValueError("there is no batch to measure running statistics on")
     return count

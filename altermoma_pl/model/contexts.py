@@ -54,6 +54,17 @@ def restored(model: nn.Module) -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
+def modes_restored(model: nn.Module) -> Iterator[None]:
+    """Bring the train and eval flag of every module back on exit."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
 def generators_restored() -> Iterator[None]:
     """Bring the generators of torch (CPU and CUDA), numpy and `random` back on exit."""
     states = _generator_states()
@@ -100,15 +111,11 @@ def deactivated(model: nn.Module, modality: Iterable[str]) -> Iterator[None]:
 @contextmanager
 def noise_free(model: nn.Module) -> Iterator[None]:
     """Inside, norm layers use their running statistics and dropout is off; all else keeps its mode."""
-    quiet = [m for m in model.modules() if _is_noisy(m)]
-    flags = [m.training for m in quiet]
-    for module in quiet:
-        module.training = False
-    try:
+    with modes_restored(model):
+        for module in model.modules():
+            if _is_noisy(module):
+                module.training = False
         yield
-    finally:
-        for module, flag in zip(quiet, flags, strict=True):
-            module.training = flag
 
 
 def seed_generators(seed: int) -> None:

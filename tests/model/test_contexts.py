@@ -9,7 +9,7 @@ import torchmetrics
 from torch import nn
 
 from altermoma_pl import Modalities, deactivated, restored
-from altermoma_pl.model.contexts import noise_free, seed_generators
+from altermoma_pl.model.contexts import modes_restored, noise_free, seed_generators
 from tests.helpers.models import BRANCHES, Aliased, Compiled, Geometry, ThreeModalities, snapshot, two_tower
 
 
@@ -362,6 +362,16 @@ def test_noise_free_brings_frozen_flags_back_after_an_exception():
         raise RuntimeError("stop")
     assert snapshot(model) == before
     assert not model.camera[1].training
+
+
+def test_flags_come_back_also_after_an_exception():
+    model = two_tower()
+    model.camera[1].eval()
+    with pytest.raises(RuntimeError, match="stop"), modes_restored(model):
+        model.eval()
+        model.camera[1].train()
+        raise RuntimeError("stop")
+    assert [name for name, module in model.named_modules() if not module.training] == ["camera.1"]
 
 
 def test_norms_without_running_statistics_keep_their_mode():

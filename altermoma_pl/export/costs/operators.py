@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from altermoma_pl.model.contexts import generators_restored
+from altermoma_pl.model.contexts import generators_restored, modes_restored
 
 # They make or move numbers, one at a time, beside what torch itself tags as a view or as element-wise.
 _TRIVIAL = frozenset(
@@ -89,15 +89,10 @@ def peak_memory(model: nn.Module, inputs: tuple[Any, ...], device: torch.device)
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; train flags and random number generators come back."""
-    flags = [(module, module.training) for module in model.modules()]
     # Not inference mode: in it, operators reach a dispatch mode undivided, so that what they make is hidden.
-    try:
-        with generators_restored(), torch.no_grad():
-            model.eval()
-            yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
+    with modes_restored(model), generators_restored(), torch.no_grad():
+        model.eval()
+        yield
 
 
 class _Calls:

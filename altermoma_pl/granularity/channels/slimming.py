@@ -17,7 +17,7 @@ from altermoma_pl.granularity.channels.resizing import Attributes, Resizing, att
 from altermoma_pl.granularity.channels.tracing import trainable
 from altermoma_pl.granularity.channels.trial import TOLERANCE, difference, outputs_of
 from altermoma_pl.mask.masks import Masks
-from altermoma_pl.model.contexts import restored
+from altermoma_pl.model.contexts import modes_restored, restored
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,23 +73,23 @@ def slim(
         )
     smaller = _copy(model)
     masks.apply_(smaller)
-    modes = [(module, module.training) for module in smaller.modules()]
-    smaller.eval()
 
     def forward(module: nn.Module) -> Any:
         return module(*example_inputs)
 
-    with trainable(smaller):  # it may have been frozen after it was pruned
-        channels = find_channels(smaller, forward, declared=declared)
-    kept = channels.kept({name: p.detach() for name, p in smaller.named_parameters()})
-    _check_worthwhile(kept, channels, masks)
-    with restored(smaller):
-        masked = outputs_of(smaller, forward)
-    resizing = Resizing.of(channels, kept, smaller)
-    before = attributes_of(smaller)
-    resizing.apply_(smaller)
-    with restored(smaller):
-        gap = difference(masked, outputs_of(smaller, forward))
+    with modes_restored(smaller):
+        smaller.eval()
+        with trainable(smaller):  # it may have been frozen after it was pruned
+            channels = find_channels(smaller, forward, declared=declared)
+        kept = channels.kept({name: p.detach() for name, p in smaller.named_parameters()})
+        _check_worthwhile(kept, channels, masks)
+        with restored(smaller):
+            masked = outputs_of(smaller, forward)
+        resizing = Resizing.of(channels, kept, smaller)
+        before = attributes_of(smaller)
+        resizing.apply_(smaller)
+        with restored(smaller):
+            gap = difference(masked, outputs_of(smaller, forward))
     if not gap <= TOLERANCE:
         cut = [name for name, flags in kept.items() if not bool(flags.all())]
         raise ValueError(
@@ -97,8 +97,6 @@ def slim(
             f"the difference is {gap:.1e}, allowed are {TOLERANCE:.0e}. Channels were removed from {cut}: "
             f"leave layers out by prunable patterns to find the one at fault"
         )
-    for module, training in modes:
-        module.training = training
     return Slim(
         smaller,
         resizing,

@@ -28,7 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, so
 
 from altermoma_pl import AlterEva, AlterMOMACallback, Channel, Cubic, slim
 from altermoma_pl.export import example_tensors, to_onnx
-from altermoma_pl.export.costs import CostReport, count_flops, measure, time_onnx
+from altermoma_pl.export.costs import CostReport, measure, time_onnx
+from altermoma_pl.granularity.channels import count_flops
+from altermoma_pl.model.contexts import modes_restored
 from examples.benchmarks.fusion import Fusion
 from examples.benchmarks.measuring import options
 from examples.data.batch import Batch
@@ -80,7 +82,7 @@ def of_seed(bench: Fusion, seed: int, arguments: Namespace) -> list[dict[str, An
     steps = 4 if arguments.quick else 16
     for share in SHARES:
         smaller = models.add(f"AlterEva {share:.0%}", partial(models.pruned, share, steps))
-        flops = float(count_flops(smaller, models.batches[1]).total or 0)
+        flops = flops_of(smaller, models.batches[1])
         models.add(f"Torch-Pruning {share:.0%}", partial(models.torch_pruned, flops))
     # The images are channels last; weights that are not would be copied in every pass.
     modules = {
@@ -205,11 +207,17 @@ def magnitude_pruned(module: FusionModule, inputs: tuple[Batch], flops: float, r
             ignored_layers=fixed,
             forward_fn=lambda model, batch: [*model(batch).objects, model(batch).map_logits],
         ).step()
-        if (count_flops(tried, inputs).total or 0) <= flops:
+        if flops_of(tried, inputs) <= flops:
             high, best = ratio, tried
         else:
             low = ratio
     return best
+
+
+def flops_of(module: FusionModule, inputs: tuple[Batch]) -> float:
+    """FLOPs of a forward pass in evaluation mode."""
+    with modes_restored(module):
+        return float(count_flops(module.eval(), lambda m: m(*inputs)).total or 0)
 
 
 def row_of(name: str, seed: int, report: CostReport) -> dict[str, Any]:

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from altermoma_pl.export.costs.operators import count_flops, peak_memory
+from altermoma_pl.export.costs.memory import peak_memory
 from altermoma_pl.export.costs.quantities import Costs, Latency
 from altermoma_pl.export.costs.report import CostReport
 from altermoma_pl.export.costs.timing import in_turns
+from altermoma_pl.granularity.channels import count_flops
 from altermoma_pl.model.contexts import restored
 
 
@@ -91,7 +92,7 @@ def _costs(
     latency: tuple[Latency, ...],
     metrics: Mapping[str, float],
 ) -> Costs:
-    flops = count_flops(model, inputs)
+    flops = count_flops(model, lambda module: module(*inputs))
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     return Costs(

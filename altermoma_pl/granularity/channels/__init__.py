@@ -1,7 +1,7 @@
 """Whole channels: which are coupled, which stay, and a smaller model without the others."""
 
 from altermoma_pl.granularity.channels.finding import find_channels
-from altermoma_pl.granularity.channels.flops import FlopModel
+from altermoma_pl.granularity.channels.flops import FlopModel, Flops, count_flops
 from altermoma_pl.granularity.channels.groups import (
     ChannelGroup,
     Channels,
@@ -18,10 +18,12 @@ __all__ = [
     "ChannelGroup",
     "Channels",
     "FlopModel",
+    "Flops",
     "Kept",
     "Resizing",
     "Slice",
     "Slim",
+    "count_flops",
     "find_channels",
     "keep_widths",
     "owners",

@@ -1,14 +1,10 @@
-import copy
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.flop_counter import FlopCounterMode
 
-from altermoma_pl.granularity.channels import FlopModel, find_channels, keep_widths, slim
-from tests.helpers.coupled_channels import found, random_kept
-from tests.helpers.coupled_models import CASES
+from altermoma_pl.granularity.channels import keep_widths
+from tests.helpers.coupled_channels import found
 
 
 def tensor(*values):
@@ -139,46 +135,6 @@ def test_properties(problem, sparsity, more):
     second = keep_widths(again, target, steps, least, within=first)
     assert all(bool((first[name] | ~flags).all()) for name, flags in second.items())
     assert total - sum(int(flags.sum()) for flags in second.values()) >= target * total - 1e-9
-
-
-def counted(model, inputs):
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(*inputs)
-    return counter.get_total_flops()
-
-
-PLAIN = [name for name in CASES if "attention" not in name and name not in ("multihead", "island", "tied")]
-
-
-@pytest.mark.parametrize("name", PLAIN)
-@pytest.mark.parametrize("seed", [0, 1])
-def test_flops_are_those_of_the_slim_model(name, seed):
-    case = CASES[name]
-    model, inputs, channels = case.model(), case.inputs(), found(name)
-    flops = FlopModel(copy.deepcopy(model), lambda m: m(*inputs), channels)
-    full = {n: group.num_channels for n, group in channels.items()}
-    assert flops(full) == counted(model, inputs)
-    kept = random_kept(channels, seed)
-    slimmed = slim(model, channels.to_masks(kept, dict(model.named_parameters())), inputs).model
-    assert flops({n: int(f.sum()) for n, f in kept.items()}) == pytest.approx(counted(slimmed, inputs))
-
-
-def test_flops_by_hand():
-    case = CASES["depthwise"]
-    model, inputs = case.model(), case.inputs()
-    channels = find_channels(model, lambda m: m(*inputs))
-    flops = FlopModel(model, lambda m: m(*inputs), channels)
-    pixels = 2 * 4 * 4
-    assert flops({"0": 8}) == 2 * pixels * (3 * 8 + 9 * 8 + 8 * 2)
-    assert flops({"0": 5}) == pytest.approx(2 * pixels * (3 * 5 + 9 * 5 + 5 * 2))
-    assert not any(module._forward_hooks for module in model.modules())
-
-
-def test_hooks_are_gone_after_an_error():
-    model = CASES["depthwise"].model()
-    with pytest.raises(RuntimeError):
-        FlopModel(model, lambda m: m(torch.ones(1, 1, 1, 1)), found("depthwise"))
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def test_steps_of_groups():

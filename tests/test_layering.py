@@ -22,11 +22,15 @@ FLOOR = {room: floor for floor, row in enumerate(ROWS) for room in row}
 MAY_IMPORT_LIGHTNING = {"callback", "export", "cli"}
 
 
+def imports_of(path):
+    return [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, (ast.Import, ast.ImportFrom))]
+
+
 def imported(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in imports_of(path):
         if isinstance(node, ast.ImportFrom):
             yield "." * node.level + (node.module or "")
-        elif isinstance(node, ast.Import):
+        else:
             yield from (alias.name for alias in node.names)
 
 
@@ -94,3 +98,16 @@ def test_what_goes_down_passes(tmp_path, file, line):
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text(line)
     assert list(violations(tmp_path)) == []
+
+
+def modules_of_tests(path):
+    """Also `from tests.mask import test_masks`, which names the module last."""
+    for node in imports_of(path):
+        names = (f"{getattr(node, 'module', None) or ''}.{alias.name}" for alias in node.names)
+        yield from (name for name in names if ".test_" in name)
+
+
+def test_what_tests_share_is_a_helper():
+    """A test module imports no other one: each can move or go by itself."""
+    here = Path(__file__).parent
+    assert [name for path in here.rglob("*.py") for name in modules_of_tests(path)] == []

@@ -1,15 +1,13 @@
 """Checkpoints: resuming equals not stopping, the weights are plain, damaged states are refused."""
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from altermoma_pl import AlterMOMACallback, Cubic, Linear, OneShot
+from altermoma_pl import Cubic, Linear, OneShot
 from altermoma_pl.callback.state import PruningState
 from tests.helpers.lightning_models import (
     PRUNABLE,
@@ -22,45 +20,10 @@ from tests.helpers.lightning_models import (
     pruner,
     trainer,
 )
+from tests.helpers.resuming import KEY, Steady, at, checkpoints, outcome, resumed
 
 SCHEDULE = Linear(0, 4, every=2)  # events at 0, 2 and 4
-KEY = "AlterMOMACallback"
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path., .*ModelCheckpoint")
-
-
-class Steady(Fusion):
-    """Without Dropout: Lightning's checkpoints do not hold the state of the global generators."""
-
-    def __init__(self, optimizer: str = "adamw") -> None:
-        super().__init__(optimizer)
-        self.lidar[2].p = 0.0
-
-
-def checkpoints(folder: Path, **options: Any) -> ModelCheckpoint:
-    return ModelCheckpoint(folder, "{epoch}-{step}", save_top_k=-1, **options)
-
-
-def outcome(module: Any, ran: Any, callback: AlterMOMACallback) -> dict[str, Any]:
-    return {
-        "weights": dict(module.state_dict()),
-        "masks": dict(callback.masks),
-        "events": callback.events,
-        "components": callback.components.state_dict(),
-        "optimizer": ran.optimizers[0].state_dict(),
-        "steps": ran.global_step,
-    }
-
-
-def resumed(path: Path, module: Any, callback: AlterMOMACallback, **options: Any) -> Any:
-    """Go on from the checkpoint with other weights and other global generators than it was saved with."""
-    torch.manual_seed(99)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(1.0)
-    train = options.pop("train", None)
-    built = trainer(callback, **options)
-    built.fit(module, train or loader(), loader(seed=1), ckpt_path=path)
-    return built
 
 
 @pytest.mark.parametrize("after_training", [True, False], ids=["on_train_epoch_end", "on_validation_end"])
@@ -105,10 +68,6 @@ def folder(tmp_path_factory):
     callback = pruner(sparsity=0.5, schedule=Linear(0, 2))
     fit(Steady(), callback, checkpoints(path), max_epochs=4, enable_checkpointing=True)
     return path
-
-
-def at(folder: Path, epoch: int) -> Path:
-    return folder / f"epoch={epoch}-step={4 * epoch + 4}.ckpt"
 
 
 @pytest.mark.parametrize(("epoch", "zeros"), [(0, 20), (1, 40), (2, 60), (3, 60)])

@@ -16,7 +16,6 @@ from altermoma_pl.callback.checkpoints import load_pruning_state
 from altermoma_pl.callback.checks import check_sharding
 from altermoma_pl.cli import main
 from altermoma_pl.mask.n_of_m import Pattern, check_pattern
-from tests.callback.test_callback_state import checkpoints
 from tests.helpers.channel_models import WIDTHS, ManualTowers, Towers, channel_pruner
 from tests.helpers.lightning_models import (
     Fusion,
@@ -30,6 +29,7 @@ from tests.helpers.lightning_models import (
     trainer,
 )
 from tests.helpers.processes import result_of
+from tests.helpers.resuming import checkpoints
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*batches were asked for"),

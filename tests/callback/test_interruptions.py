@@ -17,7 +17,6 @@ from altermoma_pl import OneShot
 from altermoma_pl.callback.memory import memory_advice
 from altermoma_pl.callback.state import PruningState
 from altermoma_pl.score import SNIP, GraSP, ProsPr
-from tests.callback.test_callback_restoration import NUM_CALLS, Busy, Spy
 from tests.helpers.lightning_models import (
     Fusion,
     assert_same,
@@ -28,13 +27,14 @@ from tests.helpers.lightning_models import (
     pruner,
     trainer,
 )
+from tests.helpers.resuming import KEY
+from tests.helpers.spying import NUM_CALLS, Busy, Spy
 
 PASSES = {"contribution": 0, "deactivated": 2, "reactivation": 5, "reactivated": 7, "last": NUM_CALLS - 1}
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*was called without a model. The last model of the previous"),
     pytest.mark.filterwarnings("ignore:.*is set, but there is no last checkpoint available"),
 ]
-KEY = "AlterMOMACallback"
 
 
 class Interrupted(Busy):

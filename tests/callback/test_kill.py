@@ -12,9 +12,9 @@ import torch
 from altermoma_pl.callback.state import PruningState
 from tests.helpers.kill_child import OUTCOME, PHASES, SCHEDULE, child, run
 from tests.helpers.lightning_models import NUM_WEIGHTS, Fusion, assert_same
+from tests.helpers.resuming import KEY
 
 pytestmark = pytest.mark.slow
-KEY = "AlterMOMACallback"
 
 
 @pytest.fixture(scope="module")

@@ -47,8 +47,8 @@ from tests.helpers.lightning_models import (
     short,
     trainer,
 )
+from tests.helpers.resuming import KEY, Steady
 
-KEY = "AlterMOMACallback"
 NUM_PRUNED = 96  # 0.8 of 120
 SCHEDULE = Linear(0, 2)  # 32, 64 and 96 zeros from epochs 0, 1 and 2 on
 pytestmark = [
@@ -419,14 +419,6 @@ def test_averages_differ_from_weights_and_go_on_after_a_resume(tmp_path):
         again, other, _ = run(ckpt_path=tmp_path / f"epoch={epoch}.ckpt")
         assert_same(again.state_dict(), module.state_dict())
         assert other.masks == callback.masks
-
-
-class Steady(Fusion):
-    """Without Dropout: Lightning's checkpoints do not hold the state of the global generators."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lidar[2].p = 0.0
 
 
 def test_the_last_epoch_of_swa_measures_the_statistics_of_pruned_weights():

@@ -23,7 +23,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from altermoma_pl import Magnitude, OneShot, Random, Rewinding
 from altermoma_pl.callback.rewinding import RewindPoint
-from tests.callback.test_callback_state import KEY, Steady, at, checkpoints, outcome, resumed
 from tests.helpers.lightning_models import (
     Fusion,
     Manual,
@@ -36,6 +35,7 @@ from tests.helpers.lightning_models import (
     short,
     trainer,
 )
+from tests.helpers.resuming import KEY, Steady, at, checkpoints, outcome, resumed
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path., .*ModelCheckpoint")
 

@@ -13,8 +13,8 @@ from lightning.pytorch import Callback
 
 from altermoma_pl import AlterMOMACallback, Linear, Rewinding
 from altermoma_pl.mask.schedules import Schedule
-from tests.callback.test_callback_state import KEY, Steady, checkpoints
 from tests.helpers.lightning_models import assert_same, fit, loader, pruner, trainer
+from tests.helpers.resuming import KEY, Steady, checkpoints
 
 Path_ = tuple[Any, ...]
 POINT: dict[str, Any] = {"epoch": 0, "parameters": {}, "buffers": {}, "optimizers": [], "schedulers": []}

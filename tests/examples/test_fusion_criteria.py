@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from altermoma_pl import SNIP, Calibration, GraSP, ProsPr, SynFlow, Taylor, Wanda, top_k
-from tests.examples.test_fusion_module import make_batch, make_module
+from tests.helpers.fusion import make_batch, make_module
 
 TOWERS = {"camera": ["model.encoders.camera"], "lidar": ["model.encoders.lidar"]}
 

@@ -16,7 +16,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from altermoma_pl import AlterMOMACallback, Linear
 from altermoma_pl.callback import state
-from tests.helpers.lightning_models import MODALITIES, Fusion, loader, short, trainer
+from tests.helpers.lightning_models import MODALITIES, loader, short, trainer
+from tests.helpers.resuming import Steady
 
 PHASES = ("training", "scoring", "scored", "masked", "saving")
 SPARSITY, SCHEDULE, MAX_EPOCHS, STEPS = 0.8, Linear(0, 4, every=2), 6, 4
@@ -49,12 +50,11 @@ class Resumable:
         self._start = state["position"]
 
 
-class Steady(Fusion):
-    """Without Dropout: Lightning's checkpoints do not hold the state of the global generators."""
+class Announcing(Steady):
+    """Says when it trains and when it is scored."""
 
     def __init__(self, announce: Announce) -> None:
         super().__init__()
-        self.lidar[2].p = 0.0
         self._announce = announce
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -101,7 +101,7 @@ def run(folder: Path, announce: Announce = lambda phase: None) -> None:
     warnings.simplefilter("ignore")
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    module, callback = Steady(announce), Pruner(announce)
+    module, callback = Announcing(announce), Pruner(announce)
     saving = Saving(folder, "{step}", save_last=True, save_top_k=1, every_n_train_steps=1)
     built = trainer(
         callback, saving, max_epochs=MAX_EPOCHS, enable_checkpointing=True, default_root_dir=folder

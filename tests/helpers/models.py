@@ -17,12 +17,7 @@ BRANCHES = {"camera": ["camera"], "lidar": ["lidar"]}
 
 def covers(*oracles):
     """Mark a test as that of entries of oracles.json: each must have one."""
-
-    def mark(test):
-        test.oracles = oracles
-        return test
-
-    return mark
+    return lambda test: test
 
 
 def concrete_subclasses(base):

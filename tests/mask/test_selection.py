@@ -15,7 +15,7 @@ from altermoma_pl.mask import radix
 from altermoma_pl.mask.radix import ordered
 from altermoma_pl.mask.selection import Selection
 from altermoma_pl.mask.top_k import Scope
-from tests.mask.test_top_k import reference
+from tests.helpers.sorting import reference
 
 FLOATS = {16: torch.float16, 17: torch.bfloat16, 32: torch.float32, 64: torch.float64}
 TINY = 2.0**-149

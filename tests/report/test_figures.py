@@ -9,7 +9,7 @@ import torch
 
 from altermoma_pl import Components, Masks, SparsityReport
 from altermoma_pl.report import figures
-from tests.report.test_sparsity_report import GROUP_OF, MASKS, REPORT
+from tests.helpers.reports import GROUP_OF, MASKS, REPORT
 
 pytest.importorskip("matplotlib")
 

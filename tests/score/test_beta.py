@@ -19,9 +19,9 @@ from altermoma_pl.callback.state import PruningState
 from altermoma_pl.model.contexts import noise_free
 from altermoma_pl.score.beta import CANDIDATES
 from altermoma_pl.score.decision import Decision
-from tests.callback.test_callback_state import Steady, at, checkpoints, outcome, resumed
 from tests.helpers.lightning_models import Fusion, assert_same, fit, num_zeros, pruner, short
 from tests.helpers.models import calibration, random_batches, snapshot, squared_error, two_tower
+from tests.helpers.resuming import Steady, at, checkpoints, outcome, resumed
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path., .*ModelCheckpoint")
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
 from altermoma_pl.export.costs import CostReport
 from altermoma_pl.model.modality import SHARED
 from altermoma_pl.report import figures
-from altermoma_pl.report.sparsity import as_text
+from altermoma_pl.report.tables import Table, to_csv, to_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,41 +59,41 @@ class SlimReport:
             ) from error
         return cls(widths, costs)
 
-    def to_text(self) -> str:
-        """The widths of every group, and the costs."""
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """Of each group: name, modality, num_channels, num_kept."""
+        return [asdict(width) for width in self.widths]
+
+    def table(self) -> Table:
+        """How many channels each group keeps, a modality after the other in the order of the model."""
         kept = sum(width.num_kept for width in self.widths)
         total = sum(width.num_channels for width in self.widths)
-        table = Table(title=f"Slim model: {kept:,} of {total:,} channels kept", title_justify="left")
-        table.add_column("modality")
-        table.add_column("channels of", overflow="fold")
-        for header in ("before", "kept", "share"):
-            table.add_column(header, justify="right")
-        for width in sorted(self.widths, key=lambda each: self._modalities.index(each.modality)):
-            share = f"{width.num_kept / width.num_channels:.4f}"
-            table.add_row(width.modality, width.name, str(width.num_channels), str(width.num_kept), share)
-        texts = [as_text(table)] + ([self.costs.to_text("Costs when it was written")] if self.costs else [])
-        return "\n\n".join(texts)
+        modalities = dict.fromkeys(width.modality for width in self.widths)
+        rows = tuple(
+            (modality, w.name, f"{w.num_channels}", f"{w.num_kept}", f"{w.num_kept / w.num_channels:.4f}")
+            for modality in modalities
+            for w in self.widths
+            if w.modality == modality
+        )
+        header = ("modality", "channels of", "before", "kept", "share")
+        return Table(f"Slim model: {kept:,} of {total:,} channels kept", header, rows, num_labels=2)
+
+    def to_text(self) -> str:
+        """The widths of every group, and the costs."""
+        costs = [self.costs.to_text("Costs when it was written")] if self.costs else []
+        return "\n\n".join([self.table().to_text(), *costs])
 
     def to_json(self) -> str:
         """`widths`, and `costs` as `CostReport.to_json`, null if not measured."""
         costs = json.loads(self.costs.to_json()) if self.costs else None
-        return json.dumps({"widths": [asdict(width) for width in self.widths], "costs": costs}, indent=2)
+        return to_json({"widths": self.records, "costs": costs})
 
     def to_csv(self) -> str:
-        """One line for each group: name, modality, num_channels, num_kept."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(Width.__dataclass_fields__), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(width) for width in self.widths)
-        return text.getvalue()
+        """One line for each of the records."""
+        return to_csv(self.records)
 
     def draw(self) -> dict[str, Figure]:
         """Name -> figure."""
         before = {width.name: width.num_channels for width in self.widths}
         after = {width.name: width.num_kept for width in self.widths}
         return {"widths": figures.widths(before, after, {w.name: w.modality for w in self.widths})}
-
-    @property
-    def _modalities(self) -> list[str]:
-        """In the order of the model."""
-        return list(dict.fromkeys(width.modality for width in self.widths))

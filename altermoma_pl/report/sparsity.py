@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from altermoma_pl.mask.masks import Masks
+from altermoma_pl.report.tables import Table, to_csv, to_json
 
 
 @dataclass(frozen=True)
@@ -67,89 +61,65 @@ class SparsityReport:
     @property
     def groups(self) -> dict[str, LayerReport]:
         """Group -> its weights taken together, in the order of the layers."""
-        totals: dict[str, LayerReport] = {}
-        for layer in self.layers:
-            so_far = totals.get(layer.group, LayerReport("", layer.group, 0, 0))
-            totals[layer.group] = LayerReport(
-                "",
-                layer.group,
-                so_far.num_weights + layer.num_weights,
-                so_far.num_kept + layer.num_kept,
-            )
-        return totals
+        names = dict.fromkeys(layer.group for layer in self.layers)
+        return {name: _together(name, (x for x in self.layers if x.group == name)) for name in names}
 
     @property
     def total(self) -> LayerReport:
         """All prunable weights taken together."""
-        groups = self.groups.values()
-        return LayerReport("", "", sum(g.num_weights for g in groups), sum(g.num_kept for g in groups))
+        return _together("", self.layers)
 
     @property
     def sparsity(self) -> float:
         """Share of zeros among all prunable weights, in [0, 1]."""
         return 1 - self.total.kept
 
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """Of each layer: name, group, num_weights, num_kept, kept."""
+        return [asdict(layer) | {"kept": layer.kept} for layer in self.layers]
+
     def table(self, title: str = "Kept weights") -> Table:
         """Kept share per modality and per layer, and the losses."""
         removed = "".join(f", {share:.4f} of the {what} removed" for what, share in self.removed.items())
-        table = Table(title=f"{title}: sparsity {self.sparsity:.4f}{removed}", title_justify="left")
-        table.add_column("modality")
-        table.add_column("layer", overflow="fold")
-        for header in ("weights", "kept", "share"):
-            table.add_column(header, justify="right")
+        losses = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in self.losses.items())
+        rows: list[tuple[str, ...]] = []
+        sections = []
         for group, total in self.groups.items():
-            table.add_section()
-            table.add_row(f"[bold]{group}", "[bold]all", *_numbers(total))
-            for layer in self.rows:
-                if layer.group == group:
-                    table.add_row("", layer.name, *_numbers(layer))
-        if self.losses:
-            table.caption = "loss: " + ", ".join(
-                f"{name.replace('_', ' ')} {value:.4g}" for name, value in self.losses.items()
-            )
-            table.caption_justify = "left"
-        return table
+            sections.append(len(rows))
+            rows.append((group, "all", *_numbers(total)))
+            rows += [("", layer.name, *_numbers(layer)) for layer in self.rows if layer.group == group]
+        return Table(
+            title=f"{title}: sparsity {self.sparsity:.4f}{removed}",
+            header=("modality", "layer", "weights", "kept", "share"),
+            rows=tuple(rows),
+            num_labels=2,
+            caption=f"loss: {losses}" if losses else "",
+            sections=tuple(sections),
+        )
 
     def to_text(self, title: str = "Kept weights", width: int | None = None) -> str:
         """The table as plain text, as wide as the terminal unless said otherwise."""
-        return as_text(self.table(title), width)
+        return self.table(title).to_text(width)
 
     def to_json(self) -> str:
         """`sparsity`, `groups`, `layers`, `losses` and, where channels are pruned, `removed` as json."""
-        return json.dumps(
-            {
-                "sparsity": self.sparsity,
-                **({"removed": dict(self.removed)} if self.removed else {}),
-                "groups": {
-                    name: {"num_weights": g.num_weights, "num_kept": g.num_kept, "kept": g.kept}
-                    for name, g in self.groups.items()
-                },
-                "layers": [_row(layer) for layer in self.layers],
-                "losses": dict(self.losses),
-            },
-            indent=2,
-        )
+        removed = {"removed": self.removed} if self.removed else {}
+        groups = {
+            name: {"num_weights": total.num_weights, "num_kept": total.num_kept, "kept": total.kept}
+            for name, total in self.groups.items()
+        }
+        content = {"sparsity": self.sparsity, **removed, "groups": groups, "layers": self.records}
+        return to_json(content | {"losses": self.losses})
 
     def to_csv(self) -> str:
-        """One line for each layer: name, group, num_weights, num_kept, kept."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(_row(self.layers[0])), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(_row(layer) for layer in self.layers)
-        return text.getvalue()
+        """One line for each of the records."""
+        return to_csv(self.records)
 
 
-def as_text(table: Table, width: int | None = None) -> str:
-    """A table as plain text, as wide as the terminal unless said otherwise."""
-    columns = width or shutil.get_terminal_size(fallback=(110, 24)).columns
-    console = Console(file=io.StringIO(), width=columns, color_system=None)
-    with console.capture() as capture:
-        console.print(table)
-    return capture.get().rstrip()
-
-
-def _row(layer: LayerReport) -> dict[str, Any]:
-    return {**asdict(layer), "kept": layer.kept}
+def _together(group: str, layers: Iterable[LayerReport]) -> LayerReport:
+    counts = [(layer.num_weights, layer.num_kept) for layer in layers]
+    return LayerReport("", group, *map(sum, zip(*counts, strict=True)))
 
 
 def _numbers(layer: LayerReport) -> tuple[str, str, str]:

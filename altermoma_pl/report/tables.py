@@ -41,11 +41,10 @@ class Table:
     caption: str = ""
     sections: tuple[int, ...] = ()
 
-    def to_text(self, width: int | None = None) -> str:
-        """The table as plain text, as wide as the terminal (110 columns where there is none) unless told."""
-        table = rich.table.Table(title=Text(self.title), title_justify="left")
-        if self.caption:
-            table.caption, table.caption_justify = Text(self.caption), "left"
+    def __rich__(self) -> rich.table.Table:
+        """For a terminal: `rich.print(table)`."""
+        table = rich.table.Table(title=Text(self.title), title_justify="left", caption_justify="left")
+        table.caption = Text(self.caption) if self.caption else None
         for index, name in enumerate(self.header):
             if index < self.num_labels:
                 table.add_column(Text(name), overflow="fold")
@@ -55,10 +54,14 @@ class Table:
             if index in self.sections:
                 table.add_section()
             table.add_row(*map(Text, row))
+        return table
+
+    def to_text(self, width: int | None = None) -> str:
+        """The table as plain text, as wide as the terminal (110 columns where there is none) unless told."""
         columns = width or shutil.get_terminal_size(fallback=(110, 24)).columns
         console = Console(file=io.StringIO(), width=columns, color_system=None)
         with console.capture() as capture:
-            console.print(table)
+            console.print(self)
         return capture.get().rstrip()
 
     def to_markdown(self) -> str:

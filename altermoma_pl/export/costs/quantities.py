@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -81,7 +82,7 @@ class Costs:
             _check_number(f"metric {name!r}", value)
 
     def values(self) -> dict[str, float | None]:
-        """Every number by its name, such as "flops", "latency.1.median" or "metrics.mIoU"."""
+        """Every number by its name, as "flops", "latency.1.median", "metrics.mIoU"; None if not finite."""
         counts = ("num_parameters", "num_nonzero", "flops", "peak_memory", "file_bytes", "compressed_bytes")
         return {
             **{name: getattr(self, name) for name in counts},
@@ -90,7 +91,7 @@ class Costs:
                 for own in self.latency
                 for quartile in ("median", "low", "high")
             },
-            **{f"metrics.{name}": value for name, value in self.metrics.items()},
+            **{f"metrics.{n}": value if math.isfinite(value) else None for n, value in self.metrics.items()},
         }
 
 

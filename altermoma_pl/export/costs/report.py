@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.markup import escape
-from rich.table import Table
-
 from altermoma_pl.export.costs.quantities import Costs, Latency, check_counts
-from altermoma_pl.report.sparsity import as_text
+from altermoma_pl.report.tables import Table, to_csv, to_json
 
 _DASH = "-"
 
@@ -58,43 +53,35 @@ class CostReport:
             "Compressed: gzip, level 6, of the state_dict as torch.save writes it.",
         )
 
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """Of each model: its name, and every number; None where it could not be measured."""
+        return [{"model": name, **costs.values()} for name, costs in self.costs.items()]
+
     def table(self, title: str = "Costs") -> Table:
         """A row for each quantity, a column for each model and its ratio to the first, and the notes."""
-        reference, *others = self.costs
-        table = Table(
-            title=title, title_justify="left", caption="\n".join(self.notes), caption_justify="left"
-        )
-        table.add_column("")
-        table.add_column(escape(reference), justify="right")
-        for name in others:
-            table.add_column(escape(name), justify="right")
-            table.add_column(escape(f"/ {reference}"), justify="right")
+        first, *others = self.costs
         values = {name: costs.values() for name, costs in self.costs.items()}
+        rows = []
         for key, label in self._rows().items():
-            cells = [_cell(key, values[reference])]
+            row = [label, _shown(key, values[first])]
             for name in others:
-                cells += [_cell(key, values[name]), _ratio(values[name].get(key), values[reference].get(key))]
-            table.add_row(escape(label), *cells)
-        return table
+                row += [_shown(key, values[name]), _ratio(values[name].get(key), values[first].get(key))]
+            rows.append(tuple(row))
+        header = ("", first, *(column for name in others for column in (name, f"/ {first}")))
+        return Table(title, header, tuple(rows), caption="\n".join(self.notes))
 
     def to_text(self, title: str = "Costs", width: int | None = None) -> str:
         """The table as plain text, as wide as the terminal unless said otherwise."""
-        return as_text(self.table(title), width)
+        return self.table(title).to_text(width)
 
     def to_json(self) -> str:
         """`batch` and, by model, all fields of its costs; a number that is not finite becomes null."""
-        models = {name: _finite(asdict(costs)) for name, costs in self.costs.items()}
-        return json.dumps({"batch": self.batch, "costs": models}, indent=2)
+        return to_json(asdict(self))
 
     def to_csv(self) -> str:
-        """One line for each model: its name, and every number; empty where it could not be measured."""
-        lines = [{"model": name, **_finite(costs.values())} for name, costs in self.costs.items()]
-        text = io.StringIO()
-        columns = list(dict.fromkeys(column for line in lines for column in line))
-        writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
-        return text.getvalue()
+        """One line for each of the records."""
+        return to_csv(self.records)
 
     @classmethod
     def from_json(cls, text: str) -> CostReport:
@@ -128,9 +115,9 @@ class CostReport:
         return rows
 
 
-def _cell(key: str, values: Mapping[str, float | None]) -> str:
+def _shown(key: str, values: Mapping[str, float | None]) -> str:
     value = values.get(key)
-    if value is None or not math.isfinite(value):
+    if value is None:
         return _DASH
     if key.startswith("latency."):
         stem = key.removesuffix("median")
@@ -165,13 +152,6 @@ def _ratio(value: float | None, reference: float | None) -> str:
     if value is None or not reference or not math.isfinite(value / reference):
         return _DASH
     return f"{value / reference:.3f}"
-
-
-def _finite(value: Any) -> Any:
-    """The same with None for floats that json has no word for."""
-    if isinstance(value, dict):
-        return {key: _finite(own) for key, own in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _costs(content: Mapping[str, Any]) -> Costs:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -11,15 +10,10 @@ from torch import Tensor, nn
 from torch.sparse import to_sparse_semi_structured
 
 from altermoma_pl.mask.masks import Masks
-from altermoma_pl.mask.n_of_m import Pattern, at_most
-
-HARDWARE = Pattern(2, 4)
-"""The only pattern that GPUs know."""
+from altermoma_pl.mask.n_of_m import at_most
 
 _AMPERE = (8, 0)  # compute capability from which there are sparse tensor cores
 _MULTIPLES = {torch.float16: 16, torch.bfloat16: 16}  # of both dimensions, as cuSPARSELt needs them
-
-Obstacle = Callable[[torch.device], str | None]
 
 
 class SemiStructured(NamedTuple):
@@ -36,35 +30,14 @@ class SemiStructured(NamedTuple):
     dense: dict[str, str]
 
 
-def explain(pattern: Pattern, device_type: str) -> str:
-    """What masks of this pattern save on a device, in a sentence or two for a report.
-
-    Args:
-        pattern: Of the masks.
-        device_type: As in `torch.device.type`: "cpu", "cuda"..
-    """
-    if device_type != "cuda":
-        name = {"cpu": "a CPU"}.get(device_type, f"the device {device_type!r}")
-        return (
-            f"{pattern} has no gain on {name}: the zeros are multiplied like other numbers, for PyTorch has "
-            f"kernels that pass over them on NVIDIA GPUs only (Ampere or newer, and 2:4)."
-        )
-    if not _within_hardware(pattern):
-        return (
-            f"{pattern} has no gain on NVIDIA GPUs: they pass over zeros if at most 2 of each 4 weights "
-            f"stay, which {pattern} does not ensure. Take 2:4."
-        )
-    less = "" if pattern == HARDWARE else f" {pattern} is no faster there than 2:4."
-    return (
-        f"{pattern} makes linear layers in float16 or bfloat16 faster on NVIDIA GPUs from Ampere on, once "
-        f"`to_semi_structured` has compressed their weights; convolutions stay dense in PyTorch.{less}"
-    )
-
-
 def device_obstacle(device: torch.device) -> str | None:
     """Why 2:4 weights would save nothing on this device, or None if they would."""
     if device.type != "cuda":
-        return explain(HARDWARE, device.type)
+        name = "a CPU" if device.type == "cpu" else f"the device {device.type!r}"
+        return (
+            f"2:4 has no gain on {name}: the zeros are multiplied like other numbers, for PyTorch has "
+            f"kernels that pass over them on NVIDIA GPUs only, from Ampere on"
+        )
     if not torch.cuda.is_available():
         return "PyTorch finds no CUDA device here"
     capability = torch.cuda.get_device_capability(device)
@@ -78,9 +51,7 @@ def device_obstacle(device: torch.device) -> str | None:
     return None
 
 
-def to_semi_structured(
-    model: nn.Module, masks: Masks, obstacle: Obstacle = device_obstacle
-) -> SemiStructured:
+def to_semi_structured(model: nn.Module, masks: Masks) -> SemiStructured:
     """A copy of a model, for inference, whose linear layers hold their 2:4 weights without the zeros.
 
     Weights are compressed by `torch.sparse.to_sparse_semi_structured` if the layer is an `nn.Linear` on a
@@ -94,7 +65,6 @@ def to_semi_structured(
     Args:
         model: Already on the device and in the type that it will run in.
         masks: Of its parameters, whole; need not be applied yet.
-        obstacle: Why a device gains nothing, or None; by default what PyTorch says of it.
 
     Raises:
         ValueError: If masks are sharded or not of this model, or no masked parameter is on a device that
@@ -106,7 +76,7 @@ def to_semi_structured(
         )
     masks.check_fits(model)
     parameters = dict(model.named_parameters())
-    obstacles = {device: obstacle(device) for device in {parameters[name].device for name in masks}}
+    obstacles = {device: device_obstacle(device) for device in {parameters[name].device for name in masks}}
     if all(obstacles.values()):
         raise ValueError(next(filter(None, obstacles.values())))
     compressed = copy.deepcopy(model)
@@ -125,12 +95,6 @@ def to_semi_structured(
             _compress_(compressed.get_submodule(path))
             converted.append(name)
     return SemiStructured(compressed, tuple(converted), dense)
-
-
-def _within_hardware(pattern: Pattern) -> bool:
-    """Whether any four weights that begin at a multiple of four then have two zeros."""
-    # Four consecutive weights meet at most two blocks, and lie in one if blocks are of 4, 8, 12..
-    return pattern.n == 1 or (pattern.n == 2 and pattern.m % 4 == 0)
 
 
 def _layer_obstacle(model: nn.Module, path: str, attribute: str) -> str | None:
@@ -154,7 +118,7 @@ def _weight_obstacle(weight: Tensor, mask: Tensor) -> str | None:
         return f"{weight.dtype}: turn the model into float16 or bfloat16 first, by .half() or .bfloat16()"
     if not weight.numel() or any(length % multiple for length in weight.shape):
         return f"shape {tuple(weight.shape)}: both dimensions must be multiples of {multiple}"
-    if not at_most(mask, HARDWARE):
+    if not at_most(mask, 2, 4):
         return "more than 2 weights of some 4 consecutive inputs stay"
     return None
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 from altermoma_pl.granularity.base import Granularity
 from altermoma_pl.granularity.channels.channel import Channel
 from altermoma_pl.granularity.weights import NofM, Weight
-from altermoma_pl.mask.n_of_m import Pattern
 
 
 def parse_granularity(value: str | Granularity) -> Granularity:
@@ -20,10 +21,10 @@ def parse_granularity(value: str | Granularity) -> Granularity:
         return Weight()
     if value == "channel":
         return Channel()
-    if isinstance(value, str) and ":" in value:
-        pattern = Pattern.parse(value)
-        return NofM(pattern.n, pattern.m)
+    found = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", value) if isinstance(value, str) else None
+    if found:
+        return NofM(int(found[1]), int(found[2]))
     raise ValueError(
-        f"granularity must be 'weight', 'channel', a pattern such as '2:4' (in quotes: YAML reads a number), "
+        f"granularity must be 'weight', 'channel', N:M such as '2:4' (in quotes: YAML reads 2:4 as 124), "
         f"or an object of Weight, NofM or Channel, got {value!r}"
     )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from altermoma_pl.granularity.base import Granularity, Ranking, Sparsity, shares_pruned
 from altermoma_pl.mask.computed import Computed
 from altermoma_pl.mask.masks import Masks
-from altermoma_pl.mask.n_of_m import Pattern, keep_n_of_m
+from altermoma_pl.mask.n_of_m import keep_n_of_m
 from altermoma_pl.mask.top_k import Scope, top_k
 from altermoma_pl.score import Criterion
 
@@ -60,12 +60,12 @@ class Weight(Granularity):
 class NofM(Weight):
     """N of every M consecutive weights along the inputs of a layer stay, as sparse tensor cores want them.
 
-    The sparsity must be 1 - n / m; earlier events of a schedule prune less, within the pattern. Layers whose
-    inputs cannot be divided by m, such as a first one, are an error: leave them out by `prunable`.
+    The sparsity must be 1 - n / m; earlier events of a schedule prune less of each block. Layers whose inputs
+    cannot be divided by m, such as a first one, are an error: leave them out by `prunable`.
 
     Args:
-        n: Weights that stay of each block.
-        m: Weights of a block.
+        n: Weights that stay of each block, at least 1.
+        m: Weights of a block, more than n.
 
     Raises:
         ValueError: If not 1 <= n < m.
@@ -77,29 +77,32 @@ class NofM(Weight):
     shardable = False
 
     def __post_init__(self) -> None:
-        Pattern(self.n, self.m)
+        if type(self.n) is not int or type(self.m) is not int or not 1 <= self.n < self.m:
+            raise ValueError(f"N:M needs whole numbers with 1 <= N < M, like 2:4, got {self.n!r}:{self.m!r}")
 
     def check(self, criterion: Criterion, sparsity: Sparsity, scope: Scope, min_density: float) -> None:
-        """The pattern says how many stay, and where."""
-        pattern = Pattern(self.n, self.m)
-        if sparsity != pattern.sparsity:
+        """N and M say how many stay, and where."""
+        final = 1 - self.n / self.m
+        if sparsity != final:
             raise ValueError(
-                f"{pattern} prunes a share of {pattern.sparsity}: set sparsity to that, got {sparsity}"
+                f"{self.n}:{self.m} prunes a share of {final}: set sparsity to that, got {sparsity}"
             )
         if scope != "global":
-            raise ValueError(f"{pattern} prunes every block alike: choose the scope 'global', got {scope!r}")
-        if min_density > 1 - pattern.sparsity:
             raise ValueError(
-                f"{pattern} keeps {1 - pattern.sparsity:g} of each tensor, less than "
+                f"{self.n}:{self.m} prunes every block alike: choose the scope 'global', got {scope!r}"
+            )
+        if min_density > 1 - final:
+            raise ValueError(
+                f"{self.n}:{self.m} keeps {1 - final:g} of each tensor, less than "
                 f"min_density={min_density:g}: lower min_density"
             )
 
     def masks(self, scores: Mapping[str, Tensor], sparsity: Sparsity, ranking: Ranking) -> Masks:
-        """The best of each block; the worst of all while less than the pattern is pruned."""
+        """The best of each block, and of the rest the best while less is to be pruned."""
         if isinstance(sparsity, dict):
-            raise TypeError(f"a pattern has one sparsity, got {sparsity}")
+            raise TypeError(f"{self.n}:{self.m} has one sparsity, got {sparsity}")
         dims = {name: dim for name, dim in (ranking.input_dims or {}).items() if name in scores}
-        return keep_n_of_m(scores, Pattern(self.n, self.m), sparsity, ranking.masks, dims)
+        return keep_n_of_m(scores, self.n, self.m, sparsity, ranking.masks, dims)
 
 
 def input_dims(model: nn.Module) -> dict[str, int]:

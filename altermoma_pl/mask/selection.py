@@ -64,6 +64,12 @@ class Selection:
         """Parameter name -> boolean tensor of the score's shape, and sharded like it: what is kept."""
         return {name: like(self._kept[name], score) for name, score in self._scores.items()}
 
+    def keep_(self, masks: Mapping[str, Tensor]) -> None:
+        """Keep what these masks do, by parameter name, which are of competing weights and not sharded."""
+        for name, mask in masks.items():
+            self._kept[name] |= mask
+        self._begun.update(masks)
+
     @torch.no_grad()
     def keep_best_(self, names: list[str], count: int) -> None:
         """Keep, of these parameters together, the `count` best weights beyond those that are kept already.

@@ -146,7 +146,7 @@ def _keep_best_(
     """What each tensor's floor protects, and the best of the rest."""
     total = sum(sizes.values())
     count = total - round(sparsity * total)
-    _check_enough(label, sparsity, count, sum(selection.num_alive[name] for name in sizes), total)
+    check_enough(label, sparsity, count, sum(selection.num_alive[name] for name in sizes), total)
     floors = {name: _floor(size, selection.num_alive[name], min_density) for name, size in sizes.items()}
     protected = sum(floors.values())
     _check_floors(label, sparsity, count, total, min_density, protected)
@@ -171,13 +171,14 @@ def _keep_best_in_rows_(
     """The same number of weights in each row of one tensor."""
     rows, columns = shape[0], shape[1:].numel()
     count = columns - round(sparsity * columns)
-    _check_enough(f"a row of {label}", sparsity, count, selection.fewest_in_a_row(name), columns)
+    check_enough(f"a row of {label}", sparsity, count, selection.fewest_in_a_row(name), columns)
     floor = _floor(shape.numel(), selection.num_alive[name], min_density)
     _check_floors(label, sparsity, rows * count, shape.numel(), min_density, floor)
     selection.keep_best_in_rows_(name, count)
 
 
-def _check_enough(label: str, sparsity: float, count: int, alive: int, total: int) -> None:
+def check_enough(label: str, sparsity: float, count: int, alive: int, total: int) -> None:
+    """Raise a `ValueError` if the target keeps more weights than are left."""
     if count > alive:
         raise ValueError(
             f"sparsity {sparsity:.6g} of {label} is below what is already pruned, "

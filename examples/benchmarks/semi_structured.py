@@ -19,11 +19,10 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, so that `examples` is found
 
 from altermoma_pl.export.semi_structured import device_obstacle, to_semi_structured
-from altermoma_pl.mask.n_of_m import Pattern, keep_n_of_m
+from altermoma_pl.mask.n_of_m import keep_n_of_m
 from altermoma_pl.model.modality import prunable
 from examples.benchmarks.measuring import Row, in_turns, options, ratios, show
 
-PATTERN = Pattern(2, 4)
 WIDTHS = (1024, 2048, 4096, 8192)
 
 
@@ -56,7 +55,7 @@ def measure(what: str, model: nn.Sequential, arguments: Namespace) -> list[Row]:
     model = model.to(arguments.device, torch.float16)
     inputs = torch.randn(arguments.tokens, model[0].in_features).to(arguments.device, torch.float16)
     parameters = dict(model.named_parameters())
-    masks = keep_n_of_m({name: parameters[name].detach().abs() for name in prunable(model)}, PATTERN)
+    masks = keep_n_of_m({name: parameters[name].detach().abs() for name in prunable(model)}, 2, 4)
     compressed, converted, _ = to_semi_structured(model, masks)
     masks.apply_(model)  # zeros in the dense one too: the same numbers, so the same outputs
     with torch.inference_mode():

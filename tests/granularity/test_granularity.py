@@ -67,19 +67,41 @@ def test_parse(value, expected):
 
 
 @pytest.mark.parametrize(
-    "value", ["Weight", "", 124, None, True, 2.5, [], {"class_path": "Channel"}, Channel]
+    "value",
+    [
+        "Weight",
+        "",
+        "2",
+        "2:",
+        "2:4:8",
+        "-2:4",
+        "2/4",
+        "2.0:4",
+        0.5,
+        124,
+        None,
+        True,
+        2.5,
+        [],
+        {"class_path": "Channel"},
+        Channel,
+    ],
 )
 def test_what_is_no_granularity_is_refused(value):
-    message = (
-        f"granularity must be 'weight', 'channel', a pattern .* in quotes: .*got {re.escape(repr(value))}"
-    )
+    message = f"granularity must be 'weight', 'channel', N:M .* in quotes: .*got {re.escape(repr(value))}"
     with pytest.raises(ValueError, match=message.replace("* in", "*in")):
         parse_granularity(value)
 
 
+@pytest.mark.parametrize(("n", "m"), [(0, 4), (4, 4), (5, 4), (-1, 4), (2.0, 4), (True, 4)])
+def test_numbers_that_are_no_n_of_m_are_refused(n, m):
+    with pytest.raises(ValueError, match=re.escape(f"1 <= N < M, like 2:4, got {n!r}:{m!r}")):
+        NofM(n, m)
+
+
 @pytest.mark.parametrize(("text", "given"), [("4:2", "4:2"), ("0:4", "0:4"), ("2:x", "'2:x'"), (":", "':'")])
-def test_a_wrong_pattern_is_refused(text, given):
-    with pytest.raises(ValueError, match=f"a pattern .*got {given}"):
+def test_wrong_numbers_are_refused(text, given):
+    with pytest.raises(ValueError, match=f"N:M .*got {given}"):
         parse_granularity(text)
 
 
@@ -164,7 +186,7 @@ def test_blocks_of_four_keep_their_best_two():
     assert masks["head.weight"].tolist() == [[False, False, True, True]]
     earlier = NofM().masks(given, 0.375, of_weights())
     assert earlier["head.weight"].tolist() == [[False, True, True, True]]
-    with pytest.raises(TypeError, match=r"a pattern has one sparsity, got .'camera'"):
+    with pytest.raises(TypeError, match=r"2:4 has one sparsity, got .'camera'"):
         NofM().masks(given, {"camera": 0.5}, of_weights())
 
 

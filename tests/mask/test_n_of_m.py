@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 
 from altermoma_pl import Masks
-from altermoma_pl.mask.n_of_m import Pattern, at_most, check_pattern, keep_n_of_m
+from altermoma_pl.mask.n_of_m import at_most, keep_n_of_m
+from tests.helpers.masks import follows, shrank
 
-TWO_OF_FOUR = Pattern(2, 4)
+TWO_OF_FOUR = (2, 4)
 ROWS = [[4.0, -1.0, 0.5, 3.0, 1.0, 2.0, 3.0, 4.0]]
 
 
@@ -23,53 +24,20 @@ def masks_of(**rows):
     return Masks({name: torch.tensor(row).bool() for name, row in rows.items()})
 
 
-# ------------------------------------------------------------------------------------------- pattern
-
-
-@pytest.mark.parametrize("text", ["2:4", " 2 : 4 "])
-def test_a_pattern_is_read_and_written(text):
-    assert Pattern.parse(text) == TWO_OF_FOUR
-    assert str(Pattern.parse(text)) == "2:4"
-
-
-@pytest.mark.parametrize(("text", "sparsity"), [("2:4", 0.5), ("1:4", 0.75), ("4:5", 0.2)])
-def test_sparsity_of_a_pattern(text, sparsity):
-    assert Pattern.parse(text).sparsity == pytest.approx(sparsity)
-
-
-@pytest.mark.parametrize("text", ["", "2", "2:", "2:4:8", "-2:4", "2/4", "2.0:4", None, 0.5])
-def test_what_is_no_pattern_is_refused(text):
-    with pytest.raises(
-        ValueError, match=re.escape(f'text of the form "2:4", N of each M stay, got {text!r}')
-    ):
-        Pattern.parse(text)
-
-
-def test_a_pattern_without_quotes_in_yaml_is_explained():
-    with pytest.raises(ValueError, match="got 124; YAML reads 2:4 without quotes as 124"):
-        Pattern.parse(2 * 60 + 4)
-
-
-@pytest.mark.parametrize(("n", "m"), [(0, 4), (4, 4), (5, 4), (-1, 4), (2.0, 4), (True, 4)])
-def test_numbers_that_make_no_pattern_are_refused(n, m):
-    with pytest.raises(ValueError, match=re.escape(f"1 <= N < M, like 2:4, got {n!r}:{m!r}")):
-        Pattern(n, m)
-
-
 # ------------------------------------------------------------------------------------------- by hand
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("n", "m", "expected"),
     [
-        ("2:4", [[1, 0, 0, 1, 0, 0, 1, 1]]),
-        ("1:4", [[1, 0, 0, 0, 0, 0, 0, 1]]),
-        ("1:2", [[1, 0, 0, 1, 0, 1, 0, 1]]),
-        ("5:8", [[1, 0, 0, 1, 0, 1, 1, 1]]),
+        (2, 4, [[1, 0, 0, 1, 0, 0, 1, 1]]),
+        (1, 4, [[1, 0, 0, 0, 0, 0, 0, 1]]),
+        (1, 2, [[1, 0, 0, 1, 0, 1, 0, 1]]),
+        (5, 8, [[1, 0, 0, 1, 0, 1, 1, 1]]),
     ],
 )
-def test_the_best_of_each_block(text, expected):
-    assert kept(keep_n_of_m({"a": torch.tensor(ROWS)}, Pattern.parse(text))) == {"a": expected}
+def test_the_best_of_each_block(n, m, expected):
+    assert kept(keep_n_of_m({"a": torch.tensor(ROWS)}, n, m)) == {"a": expected}
 
 
 @pytest.mark.parametrize(
@@ -83,57 +51,57 @@ def test_the_best_of_each_block(text, expected):
         (0.5 + 1e-12, [[1, 0, 0, 1, 0, 0, 1, 1]]),
     ],
 )
-def test_below_the_pattern_the_lowest_candidates_go(sparsity, expected):
-    assert kept(keep_n_of_m({"a": torch.tensor(ROWS)}, TWO_OF_FOUR, sparsity)) == {"a": expected}
+def test_below_the_final_sparsity_the_lowest_candidates_go(sparsity, expected):
+    assert kept(keep_n_of_m({"a": torch.tensor(ROWS)}, *TWO_OF_FOUR, sparsity)) == {"a": expected}
 
 
 def test_candidates_of_all_layers_compete_and_others_do_not():
     """The lowest score, 1, is not pruned: it is among the best two of its block."""
     scores = {"a": torch.tensor([[1.0, 1.5, -3.0, -2.0]]), "b": torch.tensor([[5.0, 6.0, 7.0, 8.0]])}
-    assert kept(keep_n_of_m(scores, TWO_OF_FOUR, 3 / 8)) == {"a": [[1, 1, 0, 0]], "b": [[0, 1, 1, 1]]}
+    assert kept(keep_n_of_m(scores, *TWO_OF_FOUR, 3 / 8)) == {"a": [[1, 1, 0, 0]], "b": [[0, 1, 1, 1]]}
 
 
 def test_blocks_of_a_convolution_are_input_channels_at_each_kernel_position():
     """(1, 4, 1, 2): the channels of the first kernel column are 1, 2, 3, 4, of the second 8, 7, 6, 5."""
     score = torch.tensor([[[[1.0, 8.0]], [[2.0, 7.0]], [[3.0, 6.0]], [[4.0, 5.0]]]])
-    (mask,) = keep_n_of_m({"a": score}, TWO_OF_FOUR).values()
+    (mask,) = keep_n_of_m({"a": score}, *TWO_OF_FOUR).values()
     assert mask[0, :, 0, 0].tolist() == [False, False, True, True]
     assert mask[0, :, 0, 1].tolist() == [True, True, False, False]
 
 
 def test_blocks_of_a_transposed_convolution_lie_along_its_first_dimension():
     score = torch.tensor([[1.0, 8.0], [2.0, 7.0], [3.0, 6.0], [4.0, 5.0]])
-    masks = keep_n_of_m({"a": score}, TWO_OF_FOUR, input_dims={"a": 0})
+    masks = keep_n_of_m({"a": score}, *TWO_OF_FOUR, input_dims={"a": 0})
     assert kept(masks) == {"a": [[0, 1], [0, 1], [1, 0], [1, 0]]}
-    check_pattern(masks, TWO_OF_FOUR, {"a": 0})
+    assert follows(masks, *TWO_OF_FOUR, {"a": 0})
 
 
 def test_the_earlier_of_equal_scores_stays():
     scores = {"a": torch.zeros(2, 4), "b": torch.tensor([[0.0, 1.0, 0.0, 0.0]])}
-    assert kept(keep_n_of_m(scores, TWO_OF_FOUR)) == {"a": [[1, 1, 0, 0]] * 2, "b": [[1, 1, 0, 0]]}
-    gradual = keep_n_of_m(scores, TWO_OF_FOUR, 4 / 12)
+    assert kept(keep_n_of_m(scores, *TWO_OF_FOUR)) == {"a": [[1, 1, 0, 0]] * 2, "b": [[1, 1, 0, 0]]}
+    gradual = keep_n_of_m(scores, *TWO_OF_FOUR, 4 / 12)
     assert kept(gradual) == {"a": [[1, 1, 1, 1], [1, 1, 0, 0]], "b": [[1, 1, 0, 0]]}
 
 
 def test_what_is_pruned_stays_pruned_whatever_its_score():
     within = masks_of(a=[[0, 1, 1, 1, 1, 1, 1, 1]])
     scores = {"a": torch.tensor([[math.nan, -1.0, 0.5, 3.0, 1.0, 2.0, 3.0, 4.0]])}
-    assert kept(keep_n_of_m(scores, TWO_OF_FOUR, within=within)) == {"a": [[0, 0, 1, 1, 0, 0, 1, 1]]}
-    assert keep_n_of_m(scores, TWO_OF_FOUR, 0.125, within) == within
-    assert kept(keep_n_of_m(scores, TWO_OF_FOUR, 0.25, within)) == {"a": [[0, 0, 1, 1, 1, 1, 1, 1]]}
+    assert kept(keep_n_of_m(scores, *TWO_OF_FOUR, within=within)) == {"a": [[0, 0, 1, 1, 0, 0, 1, 1]]}
+    assert keep_n_of_m(scores, *TWO_OF_FOUR, 0.125, within) == within
+    assert kept(keep_n_of_m(scores, *TWO_OF_FOUR, 0.25, within)) == {"a": [[0, 0, 1, 1, 1, 1, 1, 1]]}
 
 
 def test_an_empty_tensor_has_no_blocks():
     scores = {"a": torch.ones(0, 4), "b": torch.tensor(ROWS)}
     for sparsity in (None, 0.25):
-        masks = keep_n_of_m(scores, TWO_OF_FOUR, sparsity)
+        masks = keep_n_of_m(scores, *TWO_OF_FOUR, sparsity)
         assert masks["a"].shape == (0, 4)
         assert int(masks["b"].sum()) == (4 if sparsity is None else 6)
 
 
 def test_scores_are_left_alone_and_need_no_gradient():
     scores = {"a": torch.tensor(ROWS, requires_grad=True)}
-    masks = keep_n_of_m(scores, TWO_OF_FOUR, 0.25)
+    masks = keep_n_of_m(scores, *TWO_OF_FOUR, 0.25)
     assert not masks["a"].requires_grad
     assert scores["a"].tolist() == ROWS
 
@@ -141,9 +109,9 @@ def test_scores_are_left_alone_and_need_no_gradient():
 # ------------------------------------------------------------------------------------------- errors
 
 
-def refused(message, scores, pattern=TWO_OF_FOUR, **options):
+def refused(message, scores, **options):
     with pytest.raises(ValueError, match=re.escape(message)):
-        keep_n_of_m(scores, pattern, **options)
+        keep_n_of_m(scores, *TWO_OF_FOUR, **options)
 
 
 @pytest.mark.parametrize("options", [{}, {"sparsity": 0.25}])
@@ -171,12 +139,10 @@ def test_scores_that_are_not_finite_are_refused(value, options):
 )
 def test_what_has_no_blocks_is_refused(shape, input_dims, message):
     refused(message, {"a": torch.ones(shape)}, input_dims=input_dims)
-    with pytest.raises(ValueError, match=re.escape(message)):
-        check_pattern(Masks.dense({"a": torch.ones(shape)}), TWO_OF_FOUR, input_dims)
 
 
-def test_a_sparsity_above_the_pattern_is_refused():
-    message = "sparsity 0.9 is above 0.5, which is all that 2:4 prunes: set sparsity to 0.5, or a pattern"
+def test_a_sparsity_above_the_final_one_is_refused():
+    message = "sparsity 0.9 is above 0.5, which is all that 2:4 prunes: set sparsity to 0.5, or keep"
     refused(message, {"a": torch.ones(4, 4)}, sparsity=0.9)
 
 
@@ -192,7 +158,7 @@ def test_a_sparsity_below_what_is_pruned_is_refused():
 
 
 @pytest.mark.parametrize("sparsity", [None, 0.4])
-def test_masks_that_break_the_pattern_are_refused(sparsity):
+def test_masks_that_keep_too_few_of_a_block_are_refused(sparsity):
     within = masks_of(a=[[0, 0, 0, 1, 1, 1, 1, 1]])
     message = "masks of before leave 1 of 4 weights in a block of 'a', 2:4 keeps 2: start from a dense"
     refused(message, {"a": torch.tensor(ROWS)}, sparsity=sparsity, within=within)
@@ -216,22 +182,9 @@ def test_sharded_tensors_are_refused(sharded):
     message = "'a' is sharded over processes, and 2:4 sparsity needs whole tensors: use one device or DDP"
     refused(message, {"a": sharded(scores)})
     refused(message, {"a": scores}, within=masks)
-    with pytest.raises(ValueError, match=message):
-        check_pattern(masks, TWO_OF_FOUR)
 
 
 # ------------------------------------------------------------------------------------------- checks
-
-
-def test_the_first_block_that_breaks_the_pattern_is_named():
-    mask = torch.zeros(3, 8, 2, dtype=torch.bool)
-    mask[:, ::2] = True
-    check_pattern(Masks({"a": mask}), TWO_OF_FOUR)
-    good = Masks({"a": mask.clone()})
-    mask[1, 5, 1] = True
-    message = "mask of 'b' does not follow 2:4: of the weights [1, 4:8, 1] 3 stay"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        check_pattern(Masks({**good, "b": mask}), TWO_OF_FOUR)
 
 
 @pytest.mark.parametrize(
@@ -246,13 +199,8 @@ def test_the_first_block_that_breaks_the_pattern_is_named():
 )
 def test_at_most_two_of_four(row, expected):
     mask = torch.tensor([row]).bool()
-    assert at_most(mask, TWO_OF_FOUR) is expected
-    assert at_most(mask.T, TWO_OF_FOUR, 0) is expected
-
-
-def test_fewer_than_the_pattern_is_not_the_pattern():
-    with pytest.raises(ValueError, match=re.escape("[0, 0:4] 1 stay")):
-        check_pattern(masks_of(a=[[0, 1, 0, 0]]), TWO_OF_FOUR)
+    assert at_most(mask, *TWO_OF_FOUR) is expected
+    assert at_most(mask.T, *TWO_OF_FOUR, 0) is expected
 
 
 # ------------------------------------------------------------------------------------------- properties
@@ -260,9 +208,9 @@ def test_fewer_than_the_pattern_is_not_the_pattern():
 
 @st.composite
 def cases(draw):
-    """Pattern, scores with many ties, and input dimensions."""
+    """N, M, scores with many ties, and input dimensions."""
     m = draw(st.integers(2, 6))
-    pattern = Pattern(draw(st.integers(1, m - 1)), m)
+    n = draw(st.integers(1, m - 1))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     levels = draw(st.sampled_from([2, 5, 10**6]))
     scores, dims = {}, {}
@@ -272,20 +220,20 @@ def cases(draw):
         shape[dims[name]] *= m
         dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.int64]))
         scores[name] = torch.randint(-levels, levels, shape, generator=generator).to(dtype)
-    return pattern, scores, dims
+    return n, m, scores, dims
 
 
-def reference(scores, pattern, sparsity, within, dims):
+def reference(scores, n, m, sparsity, within, dims):
     """The same by sorting lists of weights."""
     blocks = {}
     for i, (name, score) in enumerate(scores.items()):
         for position, index in enumerate(torch.cartesian_prod(*map(torch.arange, score.shape)).tolist()):
-            block = (name, *index[: dims[name]], index[dims[name]] // pattern.m, *index[dims[name] + 1 :])
+            block = (name, *index[: dims[name]], index[dims[name]] // m, *index[dims[name] + 1 :])
             if within is None or within[name][tuple(index)]:
                 blocks.setdefault(block, []).append((-score[tuple(index)].item(), i, position))
     total = sum(score.numel() for score in scores.values())
-    best = [weight for block in blocks.values() for weight in sorted(block)[: pattern.n]]
-    rest = [weight for block in blocks.values() for weight in sorted(block)[pattern.n :]]
+    best = [weight for block in blocks.values() for weight in sorted(block)[:n]]
+    rest = [weight for block in blocks.values() for weight in sorted(block)[n:]]
     chosen = best + sorted(rest)[: total - round(sparsity * total) - len(best)]
     masks = {name: torch.zeros(score.shape, dtype=torch.bool) for name, score in scores.items()}
     flat = [mask.view(-1) for mask in masks.values()]
@@ -300,46 +248,46 @@ SHARES = st.lists(st.floats(0, 1), min_size=1, max_size=3).map(sorted)
 @given(cases())
 @settings(max_examples=100, deadline=None)
 def test_each_block_keeps_n_and_doing_it_again_changes_nothing(case):
-    pattern, scores, dims = case
-    masks = keep_n_of_m(scores, pattern, input_dims=dims)
-    check_pattern(masks, pattern, dims)
-    assert masks == reference(scores, pattern, pattern.sparsity, None, dims)
-    assert all(at_most(mask, pattern, dims[name]) for name, mask in masks.items())
-    assert keep_n_of_m(scores, pattern, within=masks, input_dims=dims) == masks
+    n, m, scores, dims = case
+    masks = keep_n_of_m(scores, n, m, input_dims=dims)
+    assert follows(masks, n, m, dims)
+    assert masks == reference(scores, n, m, 1 - n / m, None, dims)
+    assert all(at_most(mask, n, m, dims[name]) for name, mask in masks.items())
+    assert keep_n_of_m(scores, n, m, within=masks, input_dims=dims) == masks
 
 
 @given(cases(), SHARES, st.booleans())
 @settings(max_examples=100, deadline=None)
 def test_gradual_targets_are_exact_and_only_shrink(case, shares, new_scores):
-    pattern, scores, dims = case
+    n, m, scores, dims = case
     total = sum(score.numel() for score in scores.values())
     earlier = None
     for share in [*shares, 1.0]:
-        target = share * pattern.sparsity
-        masks = keep_n_of_m(scores, pattern, target, earlier, dims)
-        assert masks == reference(scores, pattern, target, earlier, dims)
+        target = share * (1 - n / m)
+        masks = keep_n_of_m(scores, n, m, target, earlier, dims)
+        assert masks == reference(scores, n, m, target, earlier, dims)
         assert masks.num_kept == total - round(target * total)
-        assert earlier is None or masks.is_subset_of(earlier)
+        assert earlier is None or shrank(masks, earlier)
         earlier = masks
         if new_scores:
             scores = {name: -score for name, score in scores.items()}
-    check_pattern(earlier, pattern, dims)
+    assert follows(earlier, n, m, dims)
 
 
 @given(cases(), SHARES)
 @settings(max_examples=50, deadline=None)
 def test_with_the_same_scores_a_higher_target_keeps_a_part_of_a_lower_one(case, shares):
-    pattern, scores, dims = case
-    chain = [keep_n_of_m(scores, pattern, share * pattern.sparsity, input_dims=dims) for share in shares]
-    chain.append(keep_n_of_m(scores, pattern, input_dims=dims))
-    assert all(later.is_subset_of(earlier) for earlier, later in itertools.pairwise(chain))
+    n, m, scores, dims = case
+    chain = [keep_n_of_m(scores, n, m, share * (1 - n / m), input_dims=dims) for share in shares]
+    chain.append(keep_n_of_m(scores, n, m, input_dims=dims))
+    assert all(shrank(later, earlier) for earlier, later in itertools.pairwise(chain))
 
 
 def test_many_weights_in_chunks():
     generator = torch.Generator().manual_seed(0)
     scores = {"a": torch.randn(64, 64, 3, 3, 5, generator=generator), "b": torch.randn(700, 512)}
-    masks = keep_n_of_m(scores, TWO_OF_FOUR, 0.4)
+    masks = keep_n_of_m(scores, *TWO_OF_FOUR, 0.4)
     assert masks.num_kept == masks.num_weights - round(0.4 * masks.num_weights)
-    final = keep_n_of_m(scores, TWO_OF_FOUR, within=masks)
-    assert final == keep_n_of_m(scores, TWO_OF_FOUR)
-    check_pattern(final, TWO_OF_FOUR)
+    final = keep_n_of_m(scores, *TWO_OF_FOUR, within=masks)
+    assert final == keep_n_of_m(scores, *TWO_OF_FOUR)
+    assert follows(final, *TWO_OF_FOUR)

@@ -25,7 +25,8 @@ def peak_memory(model: nn.Module, inputs: tuple[Any, ...], device: torch.device)
     with modes_restored(model), generators_restored(), torch.no_grad():
         model.eval()
         if device.type == "cpu":
-            with layers_divided(), _LiveMemory() as memory:
+            memory = _LiveMemory()
+            with layers_divided(), memory:
                 model(*inputs)
             return memory.peak
         if device.type == "cuda":

@@ -24,6 +24,7 @@ from altermoma_pl.score import (
     Wanda,
     choose_beta,
 )
+from altermoma_pl.version import __version__ as __version__
 
 __all__ = [
     "SNIP",

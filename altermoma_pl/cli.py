@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-import argparse
+import importlib.util
 import json
 import os
 import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-import altermoma_pl.report.figures as figures
 from altermoma_pl.callback import AlterMOMACallback
 from altermoma_pl.callback.checkpoints import load_checkpoint, pruning_states_of
-from altermoma_pl.export import SUFFIXES, SlimReport, export
 from altermoma_pl.granularity.channels.rebuilding import KEY
-from altermoma_pl.report.sparsity import SparsityReport
+from altermoma_pl.report import figures as drawing
+from altermoma_pl.report.tables import to_json
+from altermoma_pl.version import __version__
 
-_DESCRIPTION = (
-    "Train and prune a fusion model. `altermoma report CHECKPOINT` shows what a checkpoint of a pruned "
-    "model keeps, per layer and per modality (see `altermoma report --help`). `altermoma export` writes a "
-    "smaller model (see `altermoma export --help`). `altermoma compare` compares "
-    "criteria on a benchmark (see `altermoma compare --help`)."
-)
-_EXPORT = (
-    "Remove the pruned channels of a checkpoint's model and write it, as a checkpoint that Lightning resumes "
-    "from (see altermoma_pl.Slimmed), for torch.export or ONNX, with what it costs to run."
-)
-_COMPARE = (
-    "Compare criteria on a benchmark: methods x sparsities x seeds, from the same dense models. Start it "
-    "again after a stop or a kill, and it goes on where it was."
-)
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+
+_DESCRIPTION = "Train and prune a fusion model, see what is left of it, export it, compare ways to prune."
+
+
+class _Parser(LightningArgumentParser):
+    """Keeps its subcommands, so that more can be added than the Trainer's."""
+
+    def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
+        self.commands = super().add_subcommands(*args, **kwargs)
+        return self.commands
 
 
 class AlterMOMACLI(LightningCLI):
@@ -41,9 +42,26 @@ class AlterMOMACLI(LightningCLI):
     `--config` files and flags, and a typo in it gives a short error.
     """
 
+    parser: _Parser
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("parser_kwargs", {}).setdefault("description", _DESCRIPTION)
+        kwargs.setdefault("parser_class", _Parser)
+        face = {"prog": "altermoma", "version": __version__, "description": _DESCRIPTION}
+        kwargs["parser_kwargs"] = face | kwargs.get("parser_kwargs", {})
         super().__init__(*args, **kwargs)
+
+    def setup_parser(self, add_subcommands: bool, *args: Any, **kwargs: Any) -> None:
+        """List the commands that are not the Trainer's, too; `main` runs these."""
+        super().setup_parser(add_subcommands, *args, **kwargs)
+        for name, command in COMMANDS.items() if add_subcommands else ():
+            self.parser.commands.add_subcommand(name, _Parser(), help=command.__doc__)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Refuse a command that `main` did not see, behind an option."""
+        super().parse_arguments(parser, args)
+        name = self.config.get("subcommand")
+        if name in COMMANDS:
+            parser.error(f"give {name} as the first argument, and its options after it")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the group `pruning`."""
@@ -65,25 +83,95 @@ def main(args: list[str] | None = None) -> None:
 
     Modules in the current folder can be named by `class_path`, as with `python -m`.
     """
-    arguments = sys.argv[1:] if args is None else args
-    if arguments[:1] == ["report"]:
-        _report(arguments[1:])
-        return
+    if any(importlib.util.find_spec(name) is None for name in ("jsonargparse", "docstring_parser")):
+        sys.stderr.write("altermoma needs jsonargparse[signatures]: pip install 'altermoma-pl[cli]'\n")
+        sys.exit(1)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    if arguments[:1] == ["export"]:
-        _export(arguments[1:])
-        return
-    if arguments[:1] == ["compare"]:
-        _compare(arguments[1:])
-        return
-    AlterMOMACLI(args=args)
+    name, *rest = (sys.argv[1:] if args is None else args) or [""]
+    if name in COMMANDS:
+        COMMANDS[name](rest)
+    else:
+        AlterMOMACLI(args=args)
+
+
+def report(
+    checkpoint: str,
+    format: Literal["table", "json", "csv"] = "table",
+    figures: str | None = None,
+    trust: bool = False,
+) -> str:
+    """What a checkpoint keeps.
+
+    Args:
+        checkpoint: Saved by a Trainer with AlterMOMACallback, or written by `altermoma export`.
+        format: Of what is printed.
+        figures: A folder; figures are also written there (needs matplotlib).
+        trust: Load a checkpoint that holds other objects than tensors and builtins, which can run code.
+
+    Returns:
+        The text to print.
+
+    Raises:
+        ModuleNotFoundError: If figures are wanted and matplotlib is missing.
+        OSError: If the file cannot be read.
+        ValueError: If it is damaged, holds no pruning state, or other objects.
+    """
+    from altermoma_pl.export.slim_report import SlimReport
+
+    if figures and not drawing.available():
+        raise ModuleNotFoundError("--figures needs matplotlib: pip install 'altermoma-pl[plot]'")
+    saved = load_checkpoint(checkpoint, trust)
+    if KEY in saved:
+        slim = SlimReport.of(saved[KEY])
+        if figures:
+            drawing.save(slim.draw(), Path(figures))
+        return _joined({"": slim}, format)
+    states = pruning_states_of(saved, checkpoint)
+    reports = {name: state.report() for name, state in states.items()}
+    for name, state in states.items() if figures else ():
+        drawn = drawing.draw(reports[name], state.events, state.components, state.masks)
+        drawing.save(drawn, Path(figures or "") / name)
+    return _joined(reports, format)
+
+
+def _joined(reports: Mapping[str, Any], format: str) -> str:
+    """The reports of callbacks by name, most often of one without a name, as one text."""
+    if format == "table":
+        titles = {name: [f"{name}: kept weights"] if name else [] for name in reports}
+        return "\n\n".join(each.to_text(*titles[name]) for name, each in reports.items())
+    if format == "csv":  # one table below one header: no two callbacks prune the same layer
+        lines = (line for each in reports.values() for line in each.to_csv().splitlines())
+        return "\n".join(dict.fromkeys(lines))
+    contents = {name: json.loads(each.to_json()) for name, each in reports.items()}
+    return to_json(contents if len(contents) > 1 else contents.popitem()[1])
+
+
+def _report(arguments: list[str]) -> None:
+    """Show what a checkpoint keeps, per layer and per modality."""
+    parser = _parser("report", _report)
+    _add_options(parser, report)
+    options = parser.parse_args(arguments)
+    with _in_one_line(parser, ModuleNotFoundError, OSError, ValueError, code=2):
+        sys.stdout.write(report(**options).rstrip() + "\n")
+
+
+def _export(arguments: list[str]) -> None:
+    """Write the model of a checkpoint, smaller where channels are pruned."""
+    from altermoma_pl.export import export
+
+    parser = _parser("export", _export)
+    _add_options(parser, export)
+    options = parser.parse_args(arguments)
+    with _in_one_line(parser, ModuleNotFoundError, OSError, ValueError):
+        exported = export(**options)
+    costs = [exported.costs.to_text()] if exported.costs else []
+    sys.stdout.write("\n".join([*costs, *exported.notes, f"Written: {exported.path}\n"]))
 
 
 def _compare(arguments: list[str]) -> None:
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(prog="altermoma compare", description=_COMPARE)
+    """Compare criteria on a benchmark. Start it again after a stop or a kill, and it goes on where it was."""
+    parser = _parser("compare", _compare)
     try:
         from altermoma_pl.compare import compare
     except ModuleNotFoundError as error:
@@ -91,98 +179,39 @@ def _compare(arguments: list[str]) -> None:
     parser.add_argument("--config", action="config", help="a YAML file with the options below")
     parser.add_function_arguments(compare, as_positional=False)
     options = parser.parse_args(arguments)
-    try:
+    with _in_one_line(parser, RuntimeError, ValueError):
         options = parser.instantiate(options)
         del options["config"]
         compare(**options)
-    except (RuntimeError, ValueError) as error:  # no usage: what was asked for is well formed
-        parser.exit(1, f"altermoma compare: error: {error}\n")
 
 
-def _export(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser("altermoma export", description=_EXPORT)
-    parser.add_argument("checkpoint", help="saved by a Trainer with AlterMOMACallback, or of a slim model")
-    parser.add_argument(
-        "--config", required=True, metavar="YAML", help="with `model:` and, for inputs, `data:`"
-    )
-    parser.add_argument("--format", choices=tuple(SUFFIXES), default="checkpoint")
-    parser.add_argument("--output", metavar="FILE", help="default: the checkpoint's name with another ending")
-    parser.add_argument(
-        "--recalibrate", type=int, default=0, metavar="N", help="batch norms, on N training batches"
-    )
-    parser.add_argument(
-        "--validate", action="store_true", help="the masked and the slim model, beside their costs"
-    )
-    parser.add_argument("--opset", type=int, help="of ONNX")
-    parser.add_argument("--repeats", type=int, default=20, help="of each latency; 0: measure no costs")
-    parser.add_argument("--trust", action="store_true", help="load a checkpoint that holds other objects")
-    options = parser.parse_args(arguments)
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"report": _report, "export": _export, "compare": _compare}
+"""What is not a method of the Trainer: name -> what runs it; the docstring is its help."""
+
+
+def _parser(name: str, command: Callable[[list[str]], None]) -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    return ArgumentParser(prog=f"altermoma {name}", description=command.__doc__)
+
+
+def _add_options(parser: ArgumentParser, function: Callable[..., Any]) -> None:
+    """The function's `checkpoint` by its position and the rest as options, with its docstring as help."""
+    from docstring_parser import parse
+
+    helps = {each.arg_name: each.description for each in parse(function.__doc__ or "").params}
+    # jsonargparse by itself wants `--trust true`.
+    flags = [name for name, kind in get_type_hints(function).items() if kind is bool]
+    parser.add_argument("checkpoint", help=helps["checkpoint"])
+    parser.add_function_arguments(function, skip={"checkpoint", *flags})
+    for name in flags:
+        parser.add_argument(f"--{name}", action="store_true", help=helps[name])
+
+
+@contextmanager
+def _in_one_line(parser: ArgumentParser, *kinds: type[Exception], code: int = 1) -> Iterator[None]:
+    """End with errors of these kinds, without usage: what was asked for is well formed."""
     try:
-        exported = export(**vars(options))
-    except (ModuleNotFoundError, OSError, ValueError) as error:
-        parser.exit(1, f"altermoma export: error: {error}\n")
-    if exported.costs is not None:
-        sys.stdout.write(exported.costs.to_text() + "\n")
-    for note in exported.notes:
-        sys.stdout.write(note + "\n")
-    sys.stdout.write(f"Written: {exported.path}\n")
-
-
-def _report(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser("altermoma report", description="What a pruned checkpoint keeps.")
-    parser.add_argument(
-        "checkpoint", help="saved by a Trainer with AlterMOMACallback, or written by altermoma export"
-    )
-    parser.add_argument("--format", choices=("table", "json", "csv"), default="table")
-    parser.add_argument("--figures", metavar="FOLDER", help="also write figures there (needs matplotlib)")
-    parser.add_argument("--trust", action="store_true", help="load a checkpoint that holds other objects")
-    options = parser.parse_args(arguments)
-    try:
-        saved = load_checkpoint(options.checkpoint, options.trust)
-        if KEY in saved:
-            _report_slim(SlimReport.of(saved[KEY]), options, parser)
-            return
-        states = pruning_states_of(saved, options.checkpoint)
-        reports = {name: state.report() for name, state in states.items()}
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    sys.stdout.write(_FORMATS[options.format](reports).rstrip() + "\n")
-    if options.figures:
-        _check_figures(parser)
-        for name, state in states.items():
-            drawn = figures.draw(reports[name], state.events, state.components, state.masks)
-            figures.save(drawn, Path(options.figures) / name)
-
-
-def _report_slim(report: SlimReport, options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    formats = {"table": report.to_text, "json": report.to_json, "csv": report.to_csv}
-    sys.stdout.write(formats[options.format]().rstrip() + "\n")
-    if options.figures:
-        _check_figures(parser)
-        figures.save(report.draw(), Path(options.figures))
-
-
-def _check_figures(parser: argparse.ArgumentParser) -> None:
-    if not figures.available():
-        parser.error("--figures needs matplotlib: pip install 'altermoma-pl[plot]'")
-
-
-def _tables(reports: dict[str, SparsityReport]) -> str:
-    titles = {name: f"{name}: kept weights" if name else "Kept weights" for name in reports}
-    return "\n\n".join(report.to_text(titles[name]) for name, report in reports.items())
-
-
-def _jsons(reports: dict[str, SparsityReport]) -> str:
-    """One object, or with several callbacks one of objects by name."""
-    if len(reports) == 1:
-        return next(iter(reports.values())).to_json()
-    return json.dumps({name: json.loads(report.to_json()) for name, report in reports.items()}, indent=2)
-
-
-def _csvs(reports: dict[str, SparsityReport]) -> str:
-    """One table: no two callbacks prune the same layer."""
-    tables = [report.to_csv() for report in reports.values()]
-    return tables[0] + "".join(table.partition("\n")[2] for table in tables[1:])
-
-
-_FORMATS = {"table": _tables, "json": _jsons, "csv": _csvs}
+        yield
+    except kinds as error:
+        parser.exit(code, f"{parser.prog}: error: {error}\n")

@@ -1,6 +1,7 @@
 """The command line: `altermoma fit | validate | test | report`, and the callback in a stock LightningCLI."""
 
 import csv
+import importlib
 import io
 import json
 import os
@@ -13,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+import altermoma_pl.version
 from altermoma_pl.callback.checkpoints import load_pruning_state
 from altermoma_pl.cli import main
 from altermoma_pl.report import figures
@@ -311,14 +313,96 @@ def test_other_commands_on_a_pruned_checkpoint(folder, checkpoint, command, caps
     assert "val_loss" in capsys.readouterr().out
 
 
-def test_help(capsys, monkeypatch):
+def stopped(capsys: Any, *arguments: str) -> str:
+    """What a command prints that ends well."""
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    assert not ended.value.code
+    return capsys.readouterr().out
+
+
+def test_help_lists_every_command(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["altermoma"])
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert "altermoma report CHECKPOINT" in text
-    assert all(command in text for command in ("fit", "validate", "test"))
+    text = stopped(capsys, "--help")
+    listed = text[text.index("Available subcommands") :].splitlines()
+    names = [line.split()[0] for line in listed if line.startswith("    ") and line[4] != " "]
+    assert names == ["fit", "validate", "test", "report", "export", "compare"]
+    text = " ".join(text.split())
+    assert "report Show what a checkpoint keeps, per layer and per modality." in text
     assert "predict" not in text
+
+
+def test_version(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["altermoma"])
+    assert stopped(capsys, "--version") == f"altermoma {altermoma_pl.__version__}\n"
+    assert altermoma_pl.__version__ == importlib.metadata.version("altermoma-pl")
+
+
+def test_version_of_a_folder_that_is_not_installed(monkeypatch):
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.metadata, "version", absent)
+        assert importlib.reload(altermoma_pl.version).__version__ == "0+unknown"
+    importlib.reload(altermoma_pl.version)
+
+
+@pytest.mark.parametrize(
+    ("command", "parts"),
+    [
+        ("report", ["--figures FIGURES", "--trust", "A folder; figures are also written there"]),
+        (
+            "export",
+            ["--config CONFIG", "--validate", "--opset OPSET", "Of each latency; 0 to measure no costs."],
+        ),
+    ],
+)
+def test_help_of_a_command_is_that_of_its_docstring(capsys, command, parts):
+    text = " ".join(stopped(capsys, command, "--help").split())
+    assert text.startswith(f"usage: altermoma {command} ")
+    assert "checkpoint Saved by a Trainer with" in text
+    assert "Raises" not in text
+    assert all(part in text for part in parts)
+
+
+def test_a_command_behind_an_option_is_refused(folder, capsys):
+    (folder / "empty.yaml").write_text("{}")
+    error = failure(capsys, "--config", "empty.yaml", "report")
+    assert "give report as the first argument, and its options after it" in error
+
+
+WITHOUT_JSONARGPARSE = """
+import importlib.metadata
+import sys
+
+version = importlib.metadata.version
+
+def absent(name):
+    if name == "jsonargparse":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return version(name)
+
+sys.modules["jsonargparse"] = None
+importlib.metadata.version = absent
+from altermoma_pl.cli import main
+main(["report", "a.ckpt"])
+"""
+
+
+@pytest.mark.slow
+def test_without_jsonargparse_the_extra_is_named():
+    root = Path(__file__).parents[1]
+    ran = subprocess.run(
+        [sys.executable, "-c", WITHOUT_JSONARGPARSE],
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    expected = "altermoma needs jsonargparse[signatures]: pip install 'altermoma-pl[cli]'\n"
+    assert (ran.returncode, ran.stdout, ran.stderr) == (1, "", expected)
 
 
 # Mistakes.
@@ -504,7 +588,7 @@ def test_report_trusts_other_objects_only_on_request(checkpoint, tmp_path, capsy
 
 def test_report_with_an_unknown_format(checkpoint, capsys):
     error = failure(capsys, "report", checkpoint, "--format", "xml")
-    assert "invalid choice: 'xml'" in error
+    assert "Expected a typing.Literal['table', 'json', 'csv']. Got value: xml" in error
 
 
 # A script of the user's own with the stock LightningCLI.

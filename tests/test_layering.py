@@ -10,7 +10,7 @@ import altermoma_pl
 PACKAGE = Path(altermoma_pl.__file__).parent
 NAME = "altermoma_pl"
 ROWS = [  # lowest first; a room is a folder or a file of the package
-    {"model", "metrics"},
+    {"model", "metrics", "version"},
     {"mask"},
     {"score", "enforce"},
     {"granularity", "report"},

@@ -369,7 +369,7 @@ def test_the_checkpoint_is_not_overwritten(channels, config, tmp_path):
 
 
 def test_a_format_that_is_not_known(channels, config, capsys):
-    assert "invalid choice: 'tflite'" in failure(
+    assert "['checkpoint', 'torch-export', 'onnx']. Got value: tflite" in failure(
         capsys, "export", channels, "--config", config, "--format", "tflite", code=2
     )
 

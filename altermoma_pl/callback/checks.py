@@ -15,7 +15,7 @@ from altermoma_pl.granularity import Granularity, Sparsity
 from altermoma_pl.mask.masks import Masks
 from altermoma_pl.mask.schedules import Schedule
 from altermoma_pl.mask.top_k import Scope, check_density, check_sparsity
-from altermoma_pl.model.distributed import is_sharded, local, sums
+from altermoma_pl.model.distributed import check_division, is_sharded, local, sums
 from altermoma_pl.model.modality import SHARED
 from altermoma_pl.model.options import check_type
 from altermoma_pl.score import Criterion
@@ -215,6 +215,7 @@ def check_sharding(
     """Raise a `ValueError` if parameters are sharded and something cannot work with that."""
     if not is_sharded(module.parameters()):
         return
+    check_division(module.parameters())
     if not criterion.shardable:
         raise ValueError(
             f"{type(criterion).__name__} needs whole parameters, and those of this model are sharded over "

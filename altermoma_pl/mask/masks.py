@@ -10,22 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from altermoma_pl.model.contexts import bits_of
 from altermoma_pl.model.distributed import full, is_sharded, local, sharded_like, sums
 
-_INTEGERS = {
-    torch.float64: torch.int64,
-    torch.float32: torch.int32,
-    torch.float16: torch.int16,
-    torch.bfloat16: torch.int16,
-}
 _CHUNK = 2**18  # elements; the mask becomes integers of the tensor's width, which then fit in the cache
 
 
 class Masks(Mapping[str, Tensor]):
     """Parameter name -> boolean tensor of the parameter's shape, True = keep.
 
-    Masks of sharded parameters are sharded alike (`DTensor`). Counts are then those of all processes,
-    and the first that is asked for must be asked for by all of them.
+    Masks of sharded parameters are sharded alike (`DTensor`). Their counts are those of all processes, which
+    therefore must make such masks together.
 
     Args:
         masks: The tensors by parameter name; not copied, and not to be changed.
@@ -45,6 +40,8 @@ class Masks(Mapping[str, Tensor]):
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
                 found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
                 raise TypeError(f"mask of {name!r} must be a boolean tensor, got {found}")
+        if self.sharded:
+            _ = self.counts  # now, when all processes are here: one of them may print masks later
 
     @classmethod
     def dense(cls, tensors: Mapping[str, Tensor]) -> Masks:
@@ -106,12 +103,6 @@ class Masks(Mapping[str, Tensor]):
                 digest.update(_pack(mask).cpu().numpy().tobytes())
         return digest.digest()
 
-    def is_subset_of(self, other: Masks) -> bool:
-        """Whether everything kept here is also kept in `other`, for the same parameters."""
-        return self.keys() == other.keys() and all(
-            bool((~local(mask) | local(other[name])).all()) for name, mask in self.items()
-        )
-
     def check_fits(self, model: nn.Module) -> None:
         """Raise a `ValueError` if a masked parameter is missing in `model` or has another shape."""
         parameters = dict(model.named_parameters())
@@ -131,50 +122,44 @@ class Masks(Mapping[str, Tensor]):
         for name, mask in self.items():
             keep_only_(parameters[name], mask)
 
-    @torch.no_grad()
-    def mask_gradients_(self, model: nn.Module) -> None:
-        """Set the gradients of pruned weights to zero, in place; parameters without one are passed over."""
-        parameters = dict(model.named_parameters())
-        for name, mask in self.items():
-            gradient = parameters[name].grad
-            if gradient is not None:
-                keep_only_(gradient, mask)
-
     def to(self, model: nn.Module) -> Masks:
         """The same masks, each on the device of its parameter in `model`, and sharded as that is."""
         parameters = dict(model.named_parameters())
-        return Masks({name: _placed(mask, parameters[name]) for name, mask in self.items()})
+        placed = {}
+        for name, mask in self.items():
+            parameter = parameters[name]
+            placed[name] = mask.to(parameter.device) if is_sharded([mask]) else sharded_like(mask, parameter)
+        return Masks(placed)
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """One bit per weight: parameter name -> `{"shape": list, "bits": uint8 tensor on the CPU}`.
 
         All rows, whatever this process holds; sharded masks must be asked by all processes.
         """
-        return {name: {"shape": list(mask.shape), "bits": _all_bits(mask)} for name, mask in self.items()}
+        return {
+            # Gathered as numbers: processes do not exchange booleans.
+            name: {"shape": list(mask.shape), "bits": _pack(full(mask.to(torch.uint8)).cpu())}
+            for name, mask in self.items()
+        }
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Mapping[str, Any]]) -> Masks:
+    def from_state_dict(cls, state: Mapping[str, Any]) -> Masks:
         """Rebuild masks from `state_dict()`, on the CPU.
 
         Raises:
-            ValueError: If an entry does not hold a shape and the bits that fill it.
+            ValueError: If it is anything else.
         """
-        if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
-            raise ValueError(f"state of masks must map parameter names to entries, got {state!r:.80}")
-        masks = {}
-        for name, entry in state.items():
-            if not isinstance(entry, Mapping) or entry.keys() != {"shape", "bits"}:
-                raise ValueError(f"state of the mask of {name!r} must hold 'shape' and 'bits', got {entry!r}")
-            masks[name] = _unpack(name, entry["bits"], _checked_shape(name, entry["shape"]))
-        return cls(masks)
-
-
-def _placed(mask: Tensor, parameter: Tensor) -> Tensor:
-    return mask.to(parameter.device) if is_sharded([mask]) else sharded_like(mask, parameter)
-
-
-def _all_bits(mask: Tensor) -> Tensor:
-    return _pack(full(mask.to(torch.uint8)).bool().cpu() if is_sharded([mask]) else mask.cpu())
+        name = None
+        try:
+            masks = {}
+            for name, entry in state.items():
+                masks[name] = _unpack(entry["bits"], torch.Size(entry["shape"]))
+            return cls(masks)
+        except Exception as error:  # damage is of any kind
+            raise ValueError(
+                f"state of masks must map each parameter name to its 'shape' and the 'bits' that fill it, "
+                f"which is not so at {name!r}: {error!r}, got {state!r:.80}"
+            ) from error
 
 
 def keep_only_(tensor: Tensor, mask: Tensor) -> None:
@@ -189,11 +174,10 @@ def keep_only_(tensor: Tensor, mask: Tensor) -> None:
         mask: Booleans of the same shape; fastest in the same memory layout.
     """
     tensor, mask = local(tensor), local(mask)
-    integer = _INTEGERS.get(tensor.dtype)
-    if integer is None:
+    if not tensor.is_floating_point():
         tensor.masked_fill_(~mask, 0)
         return
-    bits = tensor.view(integer)
+    bits = bits_of(tensor)
     if tensor.numel() <= _CHUNK or tensor.is_cuda:
         bits.mul_(mask)
         return
@@ -209,22 +193,13 @@ def _pack(mask: Tensor) -> Tensor:
     return (padded << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
 
 
-def _checked_shape(name: str, shape: Any) -> torch.Size:
-    if not isinstance(shape, (list, tuple)) or not all(
-        type(length) is int and length >= 0 for length in shape
-    ):
-        raise ValueError(f"state of the mask of {name!r}: shape must be a list of lengths, got {shape!r}")
-    return torch.Size(shape)
-
-
-def _unpack(name: str, bits: Any, shape: torch.Size) -> Tensor:
-    size = shape.numel()
-    if not isinstance(bits, Tensor):
-        raise ValueError(f"state of the mask of {name!r}: bits must be a tensor, got {bits!r:.80}")
-    if bits.dtype != torch.uint8 or bits.shape != ((size + 7) // 8,):
-        raise ValueError(
-            f"state of the mask of {name!r}: {bits.numel()} elements of {bits.dtype} cannot hold "
-            f"{size} bits; {(size + 7) // 8} bytes are expected"
-        )
+def _unpack(bits: Tensor, shape: torch.Size) -> Tensor:
+    num_bytes = -(-shape.numel() // 8)
+    if bits.dtype != torch.uint8 or bits.shape != (num_bytes,):
+        raise ValueError(f"{list(bits.shape)} of {bits.dtype} are not the {num_bytes} bytes of {list(shape)}")
     flags = (bits[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
-    return flags.flatten()[:size].view(shape).bool()
+    return flags.flatten()[: shape.numel()].view(shape).bool()
+
+
+# So that `torch.load(path, weights_only=True)` reads what `torch.save(masks, path)` wrote.
+torch.serialization.add_safe_globals([Masks])

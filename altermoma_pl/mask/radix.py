@@ -14,6 +14,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from altermoma_pl.model.contexts import bits_of
 from altermoma_pl.model.distributed import sum_
 
 CHUNK = 2**17  # small: chunks stay in the cache between operations, and allocators reuse their memory
@@ -93,7 +94,7 @@ def ordered(values: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if not dtype.is_floating_point:
         return values.to(dtype)
-    keys = (values.to(dtype) + 0).view(torch.int32 if dtype == torch.float32 else torch.int64)  # no -0.0
+    keys = bits_of(values.to(dtype) + 0)  # no -0.0
     limits, bits = torch.iinfo(keys.dtype), _bits(dtype)
     keys ^= (keys >> bits - 1) & limits.max
     return keys.clamp_(min=limits.min + 2 ** (bits - 16))

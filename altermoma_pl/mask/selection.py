@@ -19,7 +19,16 @@ from altermoma_pl.mask.radix import (
     ordered,
     pieces,
 )
-from altermoma_pl.model.distributed import gathered, is_sharded, like, local, rank, sharded_like, sums
+from altermoma_pl.model.distributed import (
+    check_division,
+    gathered,
+    is_sharded,
+    like,
+    local,
+    rank,
+    sharded_like,
+    sums,
+)
 
 
 class Selection:
@@ -45,6 +54,7 @@ class Selection:
         ties: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._scores, self._within, self._ties = scores, within, ties
+        check_division(scores.values())
         self._sharded = is_sharded(scores.values())
         whole = [name for name, score in scores.items() if not isinstance(score, DTensor)]
         if self._sharded and whole:

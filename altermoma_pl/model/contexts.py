@@ -126,6 +126,12 @@ def seed_generators(seed: int) -> None:
         sys.modules["numpy"].random.seed(seed % 2**32)
 
 
+def bits_of(tensor: Tensor) -> Tensor:
+    """The same memory as whole numbers of the same width; a view, whatever the strides."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.view(integers[tensor.element_size()])
+
+
 def _is_noisy(module: nn.Module) -> bool:
     if isinstance(module, _NORMS):
         # Without running statistics, evaluation mode would change nothing.
@@ -193,15 +199,11 @@ def _remember_tensor(tensor: Tensor) -> Callable[[], None]:
     return bring_back
 
 
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
 def _same_bits(one: Tensor, other: Tensor) -> bool:
     """Unlike `torch.equal`, NaN is the same as itself and -0 is not the same as 0."""
     if one.is_complex():
         one, other = torch.view_as_real(one), torch.view_as_real(other)
-    integer = _INTEGERS[one.element_size()]  # of the same size: a view, whatever the strides
-    return torch.equal(one.view(integer), other.view(integer))
+    return torch.equal(bits_of(one), bits_of(other))
 
 
 def _nothing() -> None:

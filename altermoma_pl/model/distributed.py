@@ -31,13 +31,15 @@ def rank() -> int:
 
 
 def is_sharded(tensors: Iterable[Tensor]) -> bool:
-    """Whether this process holds only rows of the tensors.
+    """Whether this process holds only a part of one of the tensors."""
+    return any(isinstance(tensor, DTensor) for tensor in tensors)
 
-    Raises:
-        ValueError: If they are divided in a way other than by rows over all processes.
-    """
-    shards = [t for t in tensors if isinstance(t, DTensor)]
-    for shard in shards:
+
+def check_division(tensors: Iterable[Tensor]) -> None:
+    """Raise a `ValueError` if some are divided in a way other than by rows over all processes."""
+    for shard in tensors:
+        if not isinstance(shard, DTensor):
+            continue
         mesh = shard.device_mesh
         if mesh.ndim != 1 or mesh.size() != num_processes() or shard.placements != (Shard(0),):
             raise ValueError(
@@ -45,7 +47,6 @@ def is_sharded(tensors: Iterable[Tensor]) -> bool:
                 f"but only rows that are divided over all {num_processes()} processes can be pruned: use "
                 f"fully_shard with one mesh of one dimension, without tensor parallelism"
             )
-    return bool(shards)
 
 
 def reshard_(model: nn.Module) -> None:

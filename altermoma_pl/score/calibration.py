@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from altermoma_pl.mask.masks import Masks
-from altermoma_pl.model.distributed import all_agree, is_sharded, num_processes, reshard_
+from altermoma_pl.model.distributed import all_agree, check_division, is_sharded, num_processes, reshard_
 from altermoma_pl.model.modality import Modalities, check_prunable, group_of, prunable
 from altermoma_pl.score.finite import NonFiniteError, OnNonFinite, check_gradients, check_loss
 
@@ -90,6 +90,7 @@ class Calibration:
         if not isinstance(self.modalities, Modalities):
             self.modalities = Modalities(self.modalities)
         check_prunable(self.groups, self.masked)
+        check_division(self.model.parameters())
         if self.sharded:
             whole = [name for name, weight in self.masked.items() if not is_sharded([weight])]
             if whole:

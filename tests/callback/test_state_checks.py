@@ -201,9 +201,9 @@ def test_the_history_has_no_effect(saved):
             "2",
             "has format '2', this version reads 2: resume with the version of altermoma_pl that",
         ),
-        (("masks",), "x", "state of masks must map parameter names to entries, got 'x'"),
-        (("masks", "head.weight", "shape"), [1, -8], "shape must be a list of lengths, got [1, -8]"),
-        (("masks", "head.weight", "bits"), None, "bits must be a tensor, got None"),
+        (("masks",), "x", "state of masks must map each parameter name to its 'shape' and the"),
+        (("masks", "head.weight", "shape"), [1, -8], "which is not so at 'head.weight': ValueError('[1] of"),
+        (("masks", "head.weight", "bits"), None, "which is not so at 'head.weight': Attr"),
         (
             ("masks", "head.weight", "bits"),
             torch.full((1,), 255, dtype=torch.uint8),

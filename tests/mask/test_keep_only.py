@@ -5,8 +5,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-import altermoma_pl.mask.masks
 from altermoma_pl.enforce.enforcement import Enforcement
+from altermoma_pl.mask import masks
 from altermoma_pl.mask.masks import Masks, keep_only_
 from tests.helpers.models import OracleNet, fill
 
@@ -60,7 +60,7 @@ def test_bit_for_bit_whatever_type_layout_and_chunk(shape, dtype, layouts, chunk
     mask = LAYOUTS[layouts[1]](torch.rand(shape, generator=generator) < 0.5)
     wanted, strides, memory = expected(tensor, mask), tensor.stride(), tensor.data_ptr()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(altermoma_pl.masks, "_CHUNK", chunk)
+        patch.setattr(masks, "_CHUNK", chunk)
         apply(tensor, mask)
     assert torch.equal(as_bytes(tensor), as_bytes(wanted))
     assert (tensor.stride(), tensor.data_ptr()) == (strides, memory)
@@ -69,7 +69,7 @@ def test_bit_for_bit_whatever_type_layout_and_chunk(shape, dtype, layouts, chunk
 @pytest.mark.parametrize("extra", [-1, 0, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sizes_around_the_chunk(extra, dtype):
-    size = altermoma_pl.masks._CHUNK + extra
+    size = masks._CHUNK + extra
     generator = torch.Generator().manual_seed(0)
     for shape in ((size,), (1, size), (size, 1), (2, size)):
         tensor = torch.randn(shape, generator=generator).to(dtype)
@@ -95,10 +95,10 @@ def test_tensors_that_are_whole_are_left_alone(monkeypatch):
         "altermoma_pl.enforce.enforcement.keep_only_",
         lambda tensor, mask: (done.append(tensor.shape), keep_only_(tensor, mask)),
     )
-    masks = Masks.dense({name: p for name, p in model.named_parameters() if p.dim() > 1})
-    enforcement = Enforcement(model, masks, [])
+    dense = Masks.dense({name: p for name, p in model.named_parameters() if p.dim() > 1})
+    enforcement = Enforcement(model, dense, [])
     assert done == []
-    fewer = {name: mask.clone() for name, mask in masks.items()}
+    fewer = {name: mask.clone() for name, mask in dense.items()}
     fewer["lidar.weight"][0, 0] = False
     enforcement.masks = Masks(fewer)
     assert done == [model.lidar.weight.shape]

@@ -25,6 +25,7 @@ from altermoma_pl import (
 )
 from altermoma_pl.model.distributed import (
     all_agree,
+    check_division,
     check_same,
     full,
     gathered,
@@ -40,6 +41,7 @@ from altermoma_pl.model.distributed import (
     total,
 )
 from altermoma_pl.score.finite import NonFiniteError
+from tests.helpers.masks import shrank
 from tests.helpers.models import calibration, random_batches, snapshot, two_tower
 from tests.helpers.processes import in_processes, result_of
 
@@ -158,7 +160,7 @@ def masks_by_rows():
     masks.apply_(model)
     again = Masks.from_state_dict(masks.state_dict())
     return (
-        masks.sharded, masks.counts, masks.sparsity, again == whole, masks.is_subset_of(masks),
+        masks.sharded, masks.counts, masks.sparsity, again == whole, shrank(masks, masks),
         full(model["a"].detach()).tolist(), masks.digest == masks.to(model).digest,
     )  # fmt: skip
 
@@ -169,9 +171,23 @@ def test_masks_by_rows():
         assert result == (*expected[:2], pytest.approx(0.2), *expected[3:])
 
 
+def printed_by_one():
+    mesh = init_device_mesh("cpu", (num_processes(),))
+    masks = Masks({"a": distribute_tensor(torch.eye(3), mesh, [Shard(0)]).bool()})
+    shown = (repr(masks), masks.num_kept, masks.sparsity, len(masks.digest)) if rank() == 1 else None
+    return shown, gathered([rank()])
+
+
+def test_one_process_may_print_masks_that_all_share():
+    expected = "Masks(1 tensors, 3 of 9 weights kept)", 3, pytest.approx(2 / 3), 32
+    assert result_of(printed_by_one) == [(None, [[0], [1]]), (expected, [[0], [1]])]
+
+
 def replicated():
     mesh = init_device_mesh("cpu", (num_processes(),))
-    is_sharded([distribute_tensor(torch.zeros(2, 2), mesh, [Replicate()])])
+    divided = [distribute_tensor(torch.zeros(2, 2), mesh, [Replicate()])]
+    assert is_sharded(divided)
+    check_division(divided)
 
 
 def test_other_divisions_are_refused():

@@ -75,7 +75,8 @@ def trained(model, inputs, masks=None, state=None):
         optimizer.load_state_dict(copy.deepcopy(state))
     model(*inputs).square().sum().backward()
     if masks:
-        masks.mask_gradients_(model)
+        for name, mask in masks.items():
+            model.get_parameter(name).grad.mul_(mask)
     optimizer.step()
     optimizer.zero_grad()
     return optimizer.state_dict()

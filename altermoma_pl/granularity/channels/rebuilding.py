@@ -8,9 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from altermoma_pl.granularity.channels.resizing import Attributes, Resizing, memory_format_of, named_tensors
+from altermoma_pl.granularity.channels.resizing import (
+    Attributes,
+    Resizing,
+    memory_format_of,
+    named_tensors,
+    replace_tensors_,
+)
 
-FORMAT = 1
+SLIM_FORMAT = 1
 KEY = "slim"
 """The entry of a checkpoint that says how its model differs from the dense one."""
 
@@ -20,15 +26,12 @@ def slim_entry(
     widths: Mapping[str, tuple[int, int]],
     modalities: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """What a checkpoint of a slim model holds beside its weights, of builtins only.
+    """What a checkpoint of a slim model holds beside its weights, of builtins only: see `Slim`.
 
-    Args:
-        attributes: Module path -> attributes that differ from the dense model's.
-        widths: Group of channels -> (how many stay, of how many).
-        modalities: Group of channels -> its modality or "shared", as far as known.
+    The modality of each group, or "shared", is told as far as it is known.
     """
     return {
-        "format": FORMAT,
+        "format": SLIM_FORMAT,
         "attributes": {path: dict(values) for path, values in attributes.items()},
         "widths": {name: list(width) for name, width in widths.items()},
         "modalities": dict(modalities or {}),
@@ -42,36 +45,41 @@ def reshape_like_(model: nn.Module, state: Mapping[str, Tensor], entry: Mapping[
     Args:
         model: Built as the dense model was.
         state: The slim model's state_dict.
-        entry: What `slim_entry` made.
+        entry: Of `slim_entry`.
 
     Raises:
         ValueError: If the entry is none, or the model is another one.
     """
-    attributes = _checked(entry)
-    tensors = dict(named_tensors(model))
-    saved = model.state_dict().keys()
-    strange = sorted(set(state) ^ set(saved)) + [path for path in attributes if not _has(model, path)]
-    strange += [name for name in saved if name in state and _is_other(tensors.get(name), state[name])]
+    known = isinstance(entry, Mapping) and entry.get("format") == SLIM_FORMAT and "attributes" in entry
+    if not known:
+        raise ValueError(
+            f"the checkpoint is not that of a slim model: it needs an entry {KEY!r} of format {SLIM_FORMAT}, "
+            f"as `altermoma export` writes it, got {entry!r:.80}"
+        )
+    modules, tensors = dict(model.named_modules()), dict(named_tensors(model))
+    pairs = {name: (like, tensors[name]) for name, like in state.items() if name in tensors}  # no extra state
+    strange = sorted(state.keys() ^ model.state_dict().keys())
+    strange += [path for path in entry["attributes"] if path not in modules]
+    strange += [name for name, (like, old) in pairs.items() if not _is_part(like, old)]
     if strange:
         raise ValueError(
             f"the slim checkpoint is of another model than {type(model).__name__}: they differ in "
             f"{strange[:5]}; build the model as it was before it was slimmed"
         )
-    new: dict[int, Tensor] = {}
-    for name, like in state.items():
-        old = tensors.get(name)
-        if old is None or old.shape == like.shape:
-            continue
-        owner, _, leaf = name.rpartition(".")
-        smaller: Tensor = torch.empty(
-            like.shape, dtype=old.dtype, device=old.device, memory_format=memory_format_of(old)
-        )
-        if isinstance(old, nn.Parameter):
-            smaller = nn.Parameter(smaller, old.requires_grad)
-        setattr(model.get_submodule(owner), leaf, new.setdefault(id(old), smaller))
-    for path, values in attributes.items():
+    smaller = {
+        name: torch.empty_like(like, dtype=old.dtype, device=old.device, memory_format=memory_format_of(old))
+        for name, (like, old) in pairs.items()
+        if like.shape != old.shape
+    }
+    replace_tensors_(model, smaller)
+    for path, values in entry["attributes"].items():
         for attribute, value in values.items():
-            setattr(model.get_submodule(path), attribute, value)
+            setattr(modules[path], attribute, value)
+
+
+def _is_part(slim: Tensor, dense: Tensor) -> bool:
+    """Whether a tensor can be a part of the other."""
+    return slim.ndim == dense.ndim and all(a <= b for a, b in zip(slim.shape, dense.shape, strict=True))
 
 
 def slim_optimizer_states(
@@ -88,51 +96,33 @@ def slim_optimizer_states(
         ValueError: If it cannot be told whose a state is: parameters must have been given to the
             optimizers in the model's order, each to one.
     """
-    names = list(parameters)
+    # Optimizers save numbers, not names; in the order of their parameter groups these count the parameters.
     numbers = [
         (index, number)
         for index, each in enumerate(states)
         for group in each["param_groups"]
         for number in group["params"]
     ]
-    owner = dict(zip(numbers, names, strict=False))
-    if len(numbers) != len(names):
+    if len(numbers) != len(parameters):
         raise ValueError(
-            f"the optimizers hold {len(numbers)} parameters and the model {len(names)} that are trained"
+            f"the optimizers hold {len(numbers)} parameters and the model {len(parameters)} that are trained"
         )
-    slimmed = []
-    for index, each in enumerate(states):
-        entries = {}
-        for number, values in each["state"].items():
-            name = owner[index, number]
-            shape = parameters[name].shape
-            odd = [k for k, v in values.items() if isinstance(v, Tensor) and v.ndim and v.shape != shape]
-            if odd:
-                raise ValueError(f"the state {odd[0]!r} of {name!r} has another shape than the parameter")
-            entries[number] = {
-                k: resizing.resized(name, v) if isinstance(v, Tensor) and v.ndim else v
-                for k, v in values.items()
+    names = dict(zip(numbers, parameters, strict=True))
+
+    def resized(key: str, value: Any, name: str) -> Any:
+        if not isinstance(value, Tensor) or not value.ndim:  # as the count of steps
+            return value
+        if value.shape != parameters[name].shape:
+            raise ValueError(f"the state {key!r} of {name!r} has another shape than the parameter")
+        return resizing.resized(name, value)
+
+    return [
+        each
+        | {
+            "state": {
+                number: {key: resized(key, value, names[index, number]) for key, value in values.items()}
+                for number, values in each["state"].items()
             }
-        slimmed.append({**each, "state": entries})
-    return slimmed
-
-
-def _checked(entry: Any) -> Attributes:
-    known = isinstance(entry, Mapping) and entry.get("format") == FORMAT
-    if not known or not isinstance(entry.get("attributes"), Mapping):
-        raise ValueError(
-            f"the checkpoint is not that of a slim model: it needs an entry {KEY!r} of format {FORMAT}, as "
-            f"`altermoma export` writes it, got {entry!r:.80}"
-        )
-    return {path: dict(values) for path, values in entry["attributes"].items()}
-
-
-def _has(model: nn.Module, path: str) -> bool:
-    return path in dict(model.named_modules())
-
-
-def _is_other(dense: Tensor | None, slim: Tensor) -> bool:
-    """Whether one cannot be a part of the other."""
-    if dense is None:  # extra state
-        return False
-    return dense.ndim != slim.ndim or any(a < b for a, b in zip(dense.shape, slim.shape, strict=True))
+        }
+        for index, each in enumerate(states)
+    ]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from altermoma_pl.granularity.channels.groups import ChannelGroup, Channels
+from altermoma_pl.granularity.channels.groups import Channels
 
 Attributes = dict[str, dict[str, Any]]
 """Module path -> attribute -> value."""
@@ -17,7 +17,7 @@ Attributes = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True, eq=False)
 class Resizing:
-    """Which positions of which tensors stay.
+    """What is left of each tensor of a model when some of its channels are gone.
 
     Args:
         positions: Tensor name -> dimension -> positions that stay, ascending. Of what has several names, as
@@ -29,74 +29,85 @@ class Resizing:
     counts: Mapping[tuple[str, str], tuple[int, int]]
 
     @classmethod
-    def of(
-        cls,
-        channels: Channels | tuple[ChannelGroup, ...],
-        kept: Mapping[str, Tensor],
-        model: nn.Module,
-    ) -> Resizing:
-        """What stays of the tensors of a model if these channels do.
-
-        Args:
-            channels: The groups.
-            kept: Group name -> (num_channels,) booleans.
-            model: Of the dense shapes.
-        """
-        groups = channels.groups if isinstance(channels, Channels) else channels
+    def of(cls, channels: Channels, kept: Mapping[str, Tensor], model: nn.Module) -> Resizing:
+        """What stays of the tensors of a model, of the dense shapes, if these channels do."""
         tensors = dict(named_tensors(model))
-        stay: dict[str, dict[int, Tensor]] = {}
-        counts = {}
-        for group in groups:
+        # By identity: of a tied tensor the groups know one name only, and it shrinks under all of them.
+        stay: dict[int, dict[int, Tensor]] = {}
+        counts: dict[tuple[str, str], tuple[int, int]] = {}
+        for group in channels.groups:
             flags = kept[group.name].cpu()
             if bool(flags.all()):
                 continue
             for each in group.slices:
-                whole = torch.ones(tensors[each.name].shape[each.dim], dtype=torch.bool)
-                along = stay.setdefault(each.name, {}).setdefault(each.dim, whole)
+                tensor = tensors[each.name]
+                whole = torch.ones(tensor.shape[each.dim], dtype=torch.bool)
+                # Several groups may lie along one dimension, where their channels are concatenated.
+                along = stay.setdefault(id(tensor), {}).setdefault(each.dim, whole)
                 along[each.index[~flags].flatten()] = False
-            for attribute in group.attributes:
-                counts[attribute] = (int(flags.sum()), group.num_channels)
+            counts |= dict.fromkeys(group.attributes, (int(flags.sum()), group.num_channels))
         positions = {
-            id(tensors[name]): {dim: flags.nonzero().flatten() for dim, flags in dims.items()}
-            for name, dims in stay.items()
+            name: {dim: flags.nonzero().flatten() for dim, flags in stay[id(tensor)].items()}
+            for name, tensor in tensors.items()
+            if id(tensor) in stay
         }
-        return cls({name: positions[id(t)] for name, t in tensors.items() if id(t) in positions}, counts)
+        return cls(positions, counts)
 
     def resized(self, name: str, tensor: Tensor) -> Tensor:
         """The part of a tensor of this name that stays, in the same memory format; itself if all does."""
+        if name not in self.positions:
+            return tensor
         memory_format = memory_format_of(tensor)
-        for dim, positions in self.positions.get(name, {}).items():
+        for dim, positions in self.positions[name].items():
             tensor = tensor.index_select(dim, positions.to(tensor.device))
-        return tensor.contiguous(memory_format=memory_format) if name in self.positions else tensor
+        return tensor.contiguous(memory_format=memory_format)  # index_select forgets channels last
 
     @torch.no_grad()
-    def apply_(self, model: nn.Module) -> None:
+    def apply_(self, model: nn.Module) -> Attributes:
         """Make the parameters and buffers of a model smaller, in place, as new objects.
 
         Tensors that are shared stay so. Whoever holds the old ones, such as an optimizer, is made anew.
+
+        Returns:
+            The attributes of its modules that are others now.
         """
-        new: dict[int, Tensor] = {}
-        for name, old in list(named_tensors(model)):
-            if name not in self.positions:
-                continue
-            if id(old) not in new:
-                smaller = self.resized(name, old.detach())
-                trained = isinstance(old, nn.Parameter)
-                new[id(old)] = nn.Parameter(smaller, old.requires_grad) if trained else smaller
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, new[id(old)])
-        for (path, attribute), (kept, total) in self.counts.items():
+        tensors = dict(named_tensors(model))
+        replace_tensors_(model, {name: self.resized(name, tensors[name].detach()) for name in self.positions})
+        changed: Attributes = {}
+
+        def set_(path: str, attribute: str, value: Any) -> None:
             module = model.get_submodule(path)
-            setattr(module, attribute, getattr(module, attribute) * kept // total)
-        for path in {name.rpartition(".")[0] for name in self.positions}:
-            for attribute, value in widths_of(model.get_submodule(path)).items():
-                setattr(model.get_submodule(path), attribute, value)
+            if getattr(module, attribute, None) != value:
+                setattr(module, attribute, value)
+                changed.setdefault(path, {})[attribute] = value
+
+        for (path, attribute), (kept, total) in self.counts.items():
+            # A share, not the number itself: `groups` of a depthwise convolution may be a multiple of it.
+            set_(path, attribute, getattr(model.get_submodule(path), attribute) * kept // total)
+        for path in dict.fromkeys(name.rpartition(".")[0] for name in self.positions):
+            for attribute, value in widths_of(model.get_submodule(path)).items():  # which depend on `groups`
+                set_(path, attribute, value)
+        return changed
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers, under each of their names."""
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
+
+
+def replace_tensors_(model: nn.Module, new: Mapping[str, Tensor]) -> None:
+    """Put tensors in the place of those of these names, in place; what is shared stays so.
+
+    New objects, since a parameter whose `data` changes its shape breaks whoever holds it.
+    """
+    placed: dict[int, Tensor] = {}
+    for name, old in list(named_tensors(model)):  # a list: the old ones live on, so that no id comes again
+        if name in new:
+            trained = isinstance(old, nn.Parameter)
+            value = nn.Parameter(new[name], old.requires_grad) if trained else new[name]
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, placed.setdefault(id(old), value))
 
 
 def memory_format_of(tensor: Tensor) -> torch.memory_format:
@@ -107,6 +118,18 @@ def memory_format_of(tensor: Tensor) -> torch.memory_format:
     return last if tensor.is_contiguous(memory_format=last) else torch.contiguous_format
 
 
+_SIZES: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.modules.conv._ConvTransposeNd: ("in_channels", "out_channels"),  # before what it is a kind of
+    nn.modules.conv._ConvNd: ("out_channels", "in_channels"),
+    nn.Linear: ("out_features", "in_features"),
+    nn.Embedding: ("num_embeddings", "embedding_dim"),
+    nn.modules.batchnorm._NormBase: ("num_features",),
+    nn.GroupNorm: ("num_channels",),
+    nn.PReLU: ("num_parameters",),
+}
+"""Layer -> attributes that are the first sizes of its weight."""
+
+
 def widths_of(module: nn.Module) -> dict[str, Any]:
     """Attributes of a layer of torch that its weights determine, as they should be."""
     weight = getattr(module, "weight", None)
@@ -114,44 +137,9 @@ def widths_of(module: nn.Module) -> dict[str, Any]:
         weight = getattr(module, "running_mean", None)
     if not isinstance(weight, Tensor):
         return {}
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        return {"in_channels": weight.shape[0], "out_channels": weight.shape[1] * module.groups}
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return {"out_channels": weight.shape[0], "in_channels": weight.shape[1] * module.groups}
-    for kind, attributes in _SIZES.items():
-        if isinstance(module, kind):
-            return dict(zip(attributes, weight.shape, strict=True))
     if isinstance(module, nn.LayerNorm):
         return {"normalized_shape": tuple(weight.shape)}
-    return {}
-
-
-_SIZES: dict[type[nn.Module], tuple[str, ...]] = {
-    nn.Linear: ("out_features", "in_features"),
-    nn.Embedding: ("num_embeddings", "embedding_dim"),
-    nn.modules.batchnorm._NormBase: ("num_features",),
-    nn.GroupNorm: ("num_channels",),
-    nn.PReLU: ("num_parameters",),
-}
-"""Layer -> attributes that are the sizes of its weight."""
-
-
-def attributes_of(model: nn.Module) -> Attributes:
-    """Numbers, and tuples of them, that its modules hold."""
-    return {
-        path: {name: value for name, value in vars(module).items() if _is_number(value)}
-        for path, module in model.named_modules()
-    }
-
-
-def changed_attributes(before: Attributes, after: Attributes) -> Attributes:
-    """Those of `after` that differ."""
-    changed = {
-        path: {name: value for name, value in values.items() if before[path].get(name) != value}
-        for path, values in after.items()
-    }
-    return {path: values for path, values in changed.items() if values}
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) is int or (type(value) is tuple and all(type(each) is int for each in value))
+    # The second size of a convolution's weight is that of one of its groups.
+    sizes = [size * (getattr(module, "groups", 1) if dim else 1) for dim, size in enumerate(weight.shape)]
+    attributes = next((names for kind, names in _SIZES.items() if isinstance(module, kind)), ())
+    return dict(zip(attributes, sizes, strict=False))

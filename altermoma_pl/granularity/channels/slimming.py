@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from altermoma_pl.granularity.channels.declared import Declared
 from altermoma_pl.granularity.channels.finding import find_channels
 from altermoma_pl.granularity.channels.groups import Channels
-from altermoma_pl.granularity.channels.resizing import Attributes, Resizing, attributes_of, changed_attributes
+from altermoma_pl.granularity.channels.resizing import Attributes, Resizing
 from altermoma_pl.granularity.channels.tracing import trainable
 from altermoma_pl.granularity.channels.trial import TOLERANCE, difference, outputs_of
 from altermoma_pl.mask.masks import Masks
@@ -71,7 +71,7 @@ def slim(
             f"example_inputs must be a tuple of the positional arguments of {type(model).__name__}, "
             f"got {type(example_inputs).__name__}"
         )
-    smaller = _copy(model)
+    smaller = _copy_of(model)
     masks.apply_(smaller)
 
     def forward(module: nn.Module) -> Any:
@@ -81,13 +81,13 @@ def slim(
         smaller.eval()
         with trainable(smaller):  # it may have been frozen after it was pruned
             channels = find_channels(smaller, forward, declared=declared)
-        kept = channels.kept({name: p.detach() for name, p in smaller.named_parameters()})
-        _check_worthwhile(kept, channels, masks)
+        # By zeros, not by the masks: a channel may be zero in a layer that no mask is of.
+        kept = channels.kept(dict(smaller.named_parameters()))
+        _check_worthwhile(kept, masks)
         with restored(smaller):
             masked = outputs_of(smaller, forward)
         resizing = Resizing.of(channels, kept, smaller)
-        before = attributes_of(smaller)
-        resizing.apply_(smaller)
+        attributes = resizing.apply_(smaller)
         with restored(smaller):
             gap = difference(masked, outputs_of(smaller, forward))
     if not gap <= TOLERANCE:
@@ -100,7 +100,7 @@ def slim(
     return Slim(
         smaller,
         resizing,
-        changed_attributes(before, attributes_of(smaller)),
+        attributes,
         gap,
         {name: (int(flags.sum()), len(flags)) for name, flags in kept.items()},
         _still_masked(masks, resizing, channels),
@@ -108,14 +108,14 @@ def slim(
     )
 
 
-def _copy(model: nn.Module) -> nn.Module:
+def _copy_of(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model)
     except Exception as error:  # of any module
         raise ValueError(f"{type(model).__name__} cannot be copied: {error}") from error
 
 
-def _check_worthwhile(kept: Mapping[str, Tensor], channels: Channels, masks: Masks) -> None:
+def _check_worthwhile(kept: Mapping[str, Tensor], masks: Masks) -> None:
     gone = [name for name, flags in kept.items() if not bool(flags.any())]
     if gone:
         raise ValueError(f"all channels of {gone} are pruned: nothing would be left of these layers")

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
-import torch
 from torch import nn
 
-from altermoma_pl.granularity.channels.groups import ChannelGroup, Slice
-from altermoma_pl.granularity.channels.layouts import Names, is_depthwise, tensors_of_port
-from altermoma_pl.granularity.channels.tracing import PRODUCERS, Port
+from altermoma_pl.granularity.channels.groups import ChannelGroup
+from altermoma_pl.granularity.channels.layouts import (
+    Layout,
+    Names,
+    counting_attributes,
+    group_of_layout,
+    tensors_of_port,
+)
+from altermoma_pl.granularity.channels.tracing import PRODUCERS, Coupling, Port
 
 Declared = Mapping[str, Mapping[str, str]]
 """Group name -> module path -> "out", "in", or "in:16" where the channels begin at input 16.
@@ -20,25 +26,19 @@ attention heads, and layers that read several inputs of each channel, as after f
 
 
 def declared_groups(model: nn.Module, declared: Declared) -> list[ChannelGroup]:
-    """The groups, not proved yet.
-
-    Raises:
-        ValueError: If a module does not exist or is not known, a side is none of the above, no layer puts the
-            channels out, or widths differ.
-    """
+    """The groups, not proved yet; an error says what is wrong with a declaration."""
     names = Names(model)
-    return [_group(model, names, name, sides) for name, sides in declared.items()]
+    return [_group(names, name, sides) for name, sides in declared.items()]
 
 
-def _group(model: nn.Module, names: Names, name: str, sides: Mapping[str, str]) -> ChannelGroup:
+def _group(names: Names, name: str, sides: Mapping[str, str]) -> ChannelGroup:
     parsed = {path: _parse(name, path, side) for path, side in sides.items()}
-    modules = dict(model.named_modules())
+    modules = dict(names.model.named_modules())
     unknown = [path for path in parsed if path not in modules]
     if unknown:
-        raise ValueError(f"declared group {name!r}: {unknown} are no modules of {type(model).__name__}")
-    producers = [
-        path for path, (side, _) in parsed.items() if side == "out" and isinstance(modules[path], PRODUCERS)
-    ]
+        raise ValueError(f"declared group {name!r}: {unknown} are no modules of {names.kind}")
+    outs = [path for path, (side, _) in parsed.items() if side == "out"]
+    producers = [path for path in outs if isinstance(modules[path], PRODUCERS)]
     if not producers:
         raise ValueError(
             f"declared group {name!r} has no convolution or linear layer with side 'out': which layer puts "
@@ -46,19 +46,21 @@ def _group(model: nn.Module, names: Names, name: str, sides: Mapping[str, str]) 
         )
     first = modules[producers[0]]
     width = first.out_features if isinstance(first, nn.Linear) else first.out_channels
-    slices = []
-    for path, (side, offset) in parsed.items():
-        port = Port(modules[path], side, list(range(offset, offset + width)), list(range(width)))
+    ports = [
+        Port(modules[path], side, list(range(offset, offset + width)), list(range(width)))
+        for path, (side, offset) in parsed.items()
+    ]
+    # Checked here: positions beyond a tensor would be taken for those of a grouped convolution.
+    for port, (path, (side, offset)) in zip(ports, parsed.items(), strict=True):
         for tensor, dim in tensors_of_port(port, names):
             if tensor.shape[dim] < offset + width or (side == "out" and tensor.shape[dim] != width):
                 raise ValueError(
                     f"declared group {name!r}: {path!r} has {tensor.shape[dim]} channels, and "
                     f"{producers[0]!r} puts out {width}, beginning at {offset}"
                 )
-            slices.append(Slice(names.tensor(tensor), dim, torch.arange(offset, offset + width)[:, None]))
-    attributes = tuple((path, "groups") for path in parsed if is_depthwise(modules[path]))
-    weights = tuple(names.tensor(modules[path].weight) for path in producers)
-    return ChannelGroup(name, width, tuple(slices), weights, attributes)
+    coupling = Coupling(width, ports)
+    finest = Layout(1, width, 1, tuple(counting_attributes(coupling, names)))
+    return replace(group_of_layout(coupling, finest, names), name=name)
 
 
 def _parse(name: str, path: str, side: str) -> tuple[str, int]:

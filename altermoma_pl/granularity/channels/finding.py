@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 from altermoma_pl.granularity.channels.declared import Declared, declared_groups
 from altermoma_pl.granularity.channels.groups import ChannelGroup, Channels
 from altermoma_pl.granularity.channels.layouts import Names, group_of_layout, layouts
-from altermoma_pl.granularity.channels.tracing import PRODUCERS, Coupling, Forward, trace
+from altermoma_pl.granularity.channels.tracing import PRODUCERS, Coupling, Forward, couplings_of
 from altermoma_pl.granularity.channels.trial import TOLERANCE, difference, enliven_, half, outputs_of, why_not
 from altermoma_pl.model.contexts import restored
 from altermoma_pl.model.modality import prunable as prunable_weights
@@ -49,57 +49,53 @@ def find_channels(
     generator = torch.Generator().manual_seed(seed)
     with restored(model):
         enliven_(model, generator)
+        # Twice: each trial goes back to the enlivened model, and only the end to the user's.
         with restored(model) as reset:
-            search = _Search(model, forward, reset, Names(model), generator, allowed)
+            search = _Search(Names(model), forward, reset, generator, allowed)
             search.check_repeatable()
             search.take_declared(declared or {})
             search.take_traced()
             search.check_together()
-    order = {name: i for i, name in enumerate(search.names.parameters.values())}
-    groups = sorted(search.found, key=lambda group: order[group.producers[0]])
+    groups = sorted(search.found, key=lambda group: search.names.order[group.producers[0]])
     return Channels(tuple(groups), search.excluded)
 
 
 _UNREACHED = "the graph of gradients does not reach it: declare its group by hand"
-_ATTENTION = "nn.MultiheadAttention ties its width to the number of its heads"
+_MULTIHEAD = "nn.MultiheadAttention ties its width to the number of its heads"
 
 
 @dataclass
 class _Search:
     """What is found so far in a model that `reset` brings back."""
 
-    model: nn.Module
+    names: Names
     forward: Forward
     reset: Callable[[], None]
-    names: Names
     generator: torch.Generator
     allowed: Collection[str]
     found: list[ChannelGroup] = field(default_factory=list)
     excluded: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def kind(self) -> str:
-        """The model's class, for messages."""
-        return type(self.model).__name__
-
     def check_repeatable(self) -> None:
         """Outputs can only be compared if they are the same each time."""
         try:
-            once, again = (outputs_of(self.model, self.forward) for _ in range(2))
+            once, again = (outputs_of(self.names.model, self.forward) for _ in range(2))
         except Exception as error:  # of the user's code
-            raise ValueError(f"{self.kind} does not run on the example inputs: {error}") from error
+            raise ValueError(f"{self.names.kind} does not run on the example inputs: {error}") from error
         self.reset()
         if not once:
-            raise ValueError(f"{self.kind} returns no floating-point tensor: there is nothing to compare")
+            raise ValueError(
+                f"{self.names.kind} returns no floating-point tensor: there is nothing to compare"
+            )
         if not difference(once, again) <= TOLERANCE:
             raise ValueError(
-                f"{self.kind} gives another output each time it runs, or one that is not finite: what "
+                f"{self.names.kind} gives another output each time it runs, or one that is not finite: what "
                 f"removing channels changes cannot be told from that"
             )
 
     def take_declared(self, declared: Declared) -> None:
         """Groups of the user, each of which must pass."""
-        for group in declared_groups(self.model, declared):
+        for group in declared_groups(self.names.model, declared):
             reason = self.why_not([group])
             if reason:
                 raise ValueError(f"the declared group {group.name!r} cannot be removed: {reason}")
@@ -109,47 +105,48 @@ class _Search:
         """Groups of the graph, those that pass."""
         couplings, unreached = [], _UNREACHED
         try:
-            couplings = trace(self.model, self.forward)
-        except ModuleNotFoundError:
+            couplings = couplings_of(self.names.model, self.forward)
+        except ModuleNotFoundError:  # torch-pruning itself
             raise
         except Exception as error:  # of torch-pruning, of any kind
             if not self.found:
                 raise ValueError(
-                    f"the channels of {self.kind} cannot be followed: {error}; declare groups by hand, or "
-                    f"prune single weights (granularity: weight)"
+                    f"the channels of {self.names.kind} cannot be followed: {error}; declare groups by hand, "
+                    f"or prune single weights (granularity: weight)"
                 ) from error
             unreached = f"the channels cannot be followed: {error}"
         self.reset()
+        reasons: dict[object, str] = {}
         for coupling in couplings:
             result = self._forbidden(coupling) or self._proved(coupling)
             if isinstance(result, ChannelGroup):
                 self.found.append(result)
             else:
-                self._exclude(coupling, result)
-        self._exclude_unreached(unreached)
+                reasons |= {port.module: result for port in coupling.ports if port.side == "out"}
+        self._exclude(reasons, unreached)
 
     def check_together(self) -> None:
         """All groups at once, since each by itself passed."""
         if not self.found:
             listed = "; ".join(f"{name}: {reason}" for name, reason in list(self.excluded.items())[:5])
-            raise ValueError(f"no channel of {self.kind} can be removed. {listed}")
+            raise ValueError(f"no channel of {self.names.kind} can be removed. {listed}")
         reason = self.why_not(self.found)
         if reason:
             raise ValueError(
-                f"the channels of {self.kind} can be removed from one group at a time, but not together: "
-                f"{reason}; leave layers out with prunable patterns such as '!encoder.neck.*'"
+                f"the channels of {self.names.kind} can be removed from one group at a time, but not "
+                f"together: {reason}; leave layers out with prunable patterns such as '!encoder.neck.*'"
             )
 
     def why_not(self, groups: Sequence[ChannelGroup]) -> str | None:
         """Why half of the channels of each cannot be removed; None if they can."""
         kept = {group.name: half(group, self.generator) for group in groups}
-        return why_not(self.model, groups, kept, self.forward, self.reset)
+        return why_not(self.names.model, groups, kept, self.forward, self.reset)
 
     def _forbidden(self, coupling: Coupling) -> str | None:
         """Why the user does not want these channels pruned, or torch does not let them."""
         for port in coupling.ports:
             if isinstance(port.module, nn.MultiheadAttention):
-                return _ATTENTION
+                return _MULTIHEAD
             if port.side == "out" and isinstance(port.module, PRODUCERS):
                 try:
                     name = self.names.tensor(port.module.weight)
@@ -165,7 +162,7 @@ class _Search:
         """The group of the finest layout that passes the trial; else why the finest of all failed."""
         reasons = []
         for layout in layouts(coupling, self.names):
-            if layout.num_channels < 2:
+            if layout.num_channels < 2:  # no half of it can go
                 continue
             try:
                 group = group_of_layout(coupling, layout, self.names)
@@ -179,22 +176,21 @@ class _Search:
         return reasons[0] if reasons else "its width cannot be divided as its layers need"
 
     def _is_taken(self, group: ChannelGroup) -> bool:
+        # A layer that reads two couplings' channels may belong to both; a position to one only.
         taken = {position for other in self.found for position in other.positions()}
         return not taken.isdisjoint(group.positions())
 
-    def _left(self) -> dict[nn.Module, str]:
-        """Layers that put channels out which no group has so far, and their paths."""
+    def _exclude(self, reasons: Mapping[object, str], unreached: str) -> None:
+        """Say of each layer that puts channels out and is in no group, why."""
         known = {name for group in self.found for name in group.producers}
-        layers = {m: path for m, path in self.names.modules.items() if isinstance(m, PRODUCERS)}
-        return {m: p for m, p in layers.items() if self.names.parameters.get(id(m.weight)) not in known}
-
-    def _exclude(self, coupling: Coupling, reason: str) -> None:
-        own = {port.module for port in coupling.ports if port.side == "out"}
-        self.excluded |= {path: reason for module, path in self._left().items() if module in own}
-
-    def _exclude_unreached(self, reason: str) -> None:
-        """Layers whose outputs no coupling has, for example since they are detached."""
-        for module, path in self._left().items():
-            if path not in self.excluded and self.names.parameters.get(id(module.weight)) in self.allowed:
+        for module, path in self.names.modules.items():
+            if not isinstance(module, PRODUCERS):
+                continue
+            weight = self.names.tensors.get(id(module.weight))  # None: one that is computed
+            if weight in known:
+                continue
+            if module in reasons:
+                self.excluded[path] = reasons[module]
+            elif weight in self.allowed:  # no coupling has its outputs, for example since they are detached
                 parent = self.names.model.get_submodule(path.rpartition(".")[0])
-                self.excluded[path] = _ATTENTION if isinstance(parent, nn.MultiheadAttention) else reason
+                self.excluded[path] = _MULTIHEAD if isinstance(parent, nn.MultiheadAttention) else unreached

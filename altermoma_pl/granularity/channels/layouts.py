@@ -12,12 +12,16 @@ from altermoma_pl.granularity.channels.groups import ChannelGroup, Slice
 from altermoma_pl.granularity.channels.tracing import HEADS, PRODUCERS, Coupling, Port
 
 _CONVS = nn.modules.conv._ConvNd
-_TRANSPOSED = nn.modules.conv._ConvTransposeNd
-_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+_VECTORS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.PReLU)
+"""Layers of which every tensor has one number for each channel."""
 
 
 class Layout(NamedTuple):
-    """How a width divides: as (outer, channels, inner), of which a channel takes all outer and inner."""
+    """One way to divide the width of a coupling into channels: reshaped to (outer, channels, inner).
+
+    A channel takes all outer and inner positions. Layers that treat positions one by one allow
+    (1, width, 1); attention allows whole heads only, (1, heads, width of a head).
+    """
 
     outer: int
     num_channels: int
@@ -26,138 +30,109 @@ class Layout(NamedTuple):
 
 
 class Names:
-    """Names of modules and tensors of a model; of what has several, the first."""
+    """Names of modules and tensors of a model, in its order; of what has several, the first."""
 
     def __init__(self, model: nn.Module) -> None:
+        self.model, self.kind = model, type(model).__name__
         self.modules = {module: path for path, module in model.named_modules()}
-        self.parameters = {id(p): name for name, p in model.named_parameters()}
-        self.buffers = {id(b): name for name, b in model.named_buffers()}
-        self.model = model
+        self.tensors = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
+        self.order = {name: i for i, name in enumerate(self.tensors.values())}
 
     def tensor(self, tensor: Tensor) -> str:
-        """Of a parameter or buffer.
-
-        Raises:
-            ValueError: If it is none.
-        """
-        name = self.parameters.get(id(tensor)) or self.buffers.get(id(tensor))
+        """Of a parameter or buffer; an error if it is none."""
+        name = self.tensors.get(id(tensor))
         if name is None:
             raise ValueError("a weight is computed from other parameters, as weight norm does")
         return name
 
 
 def layouts(coupling: Coupling, names: Names) -> Iterator[Layout]:
-    """Candidates, the finest first."""
+    """Candidates, the finest first: which of them is right only a trial can tell."""
     width = coupling.width
-    modules = dict.fromkeys(p.module for p in coupling.ports if isinstance(p.module, _CONVS))
-    depthwise = tuple((names.modules[module], "groups") for module in modules if is_depthwise(module))
-    counts = (*depthwise, *_bare_norms(coupling, names))
-    grouped = {module.groups for module in modules if _is_grouped(module)}
-    if not grouped:
-        yield Layout(1, width, 1, counts)
-    for groups in sorted(grouped):
-        if width % groups == 0:
-            yield Layout(groups, width // groups, 1, counts)
-    for parts in _parts(coupling):  # halves that are read together, as in gated units
-        yield Layout(parts, width // parts, 1, counts)
+    counts = tuple(counting_attributes(coupling, names))
+    convs = [port.module for port in coupling.ports if isinstance(port.module, _CONVS)]
+    grouped = {module.groups for module in convs if module.groups > 1 and not is_depthwise(module)}
+    # The groups of a convolution must stay equal, so that each gives a channel when one goes.
+    outer = sorted(grouped) or [1]
+    # Halves that are read together, as in gated units, are read as a width that is a part of the whole.
+    readers = {len(set(port.positions)) for port in coupling.ports if port.side == "in"}
+    outer += sorted(width // n for n in readers if n < width and width % n == 0)
+    yield from (Layout(parts, width // parts, 1, counts) for parts in outer if width % parts == 0)
     for path, attribute, heads, parts in _heads(coupling, names):
         if width % (heads * parts) == 0:
             yield Layout(parts, heads, width // (heads * parts), (*counts, (path, attribute)))
 
 
 def group_of_layout(coupling: Coupling, layout: Layout, names: Names) -> ChannelGroup:
-    """The group whose channels are those of the layout.
-
-    Raises:
-        ValueError: If a layer cannot be divided so, with the reason.
-    """
+    """The group whose channels are those of the layout; an error says why a layer cannot be divided so."""
     shape = (layout.outer, layout.num_channels, layout.inner)
     number = torch.arange(layout.num_channels)[None, :, None].expand(shape).flatten()  # root -> its channel
     slices: dict[tuple[str, int], Slice] = {}
-    producers = []
     for port in coupling.ports:
+        channel = number[torch.tensor(port.roots)]
         for tensor, dim in tensors_of_port(port, names):
-            positions = _positions(port, tensor.shape[dim])
-            channel = number[torch.tensor(port.roots)]
+            # A grouped convolution reads the same rows of its weight in each of its groups.
+            positions = torch.tensor(port.positions) % tensor.shape[dim]
             name = names.tensor(tensor)
             index = _index(name, positions, channel, layout.num_channels)
             known = slices.setdefault((name, dim), Slice(name, dim, index))
+            # Layers may share a weight and yet read their inputs in another order.
             if not torch.equal(known.index, index):
                 raise ValueError(f"{name!r} is used in two places that order its channels differently")
-        if port.side == "out" and isinstance(port.module, PRODUCERS):
-            producers.append(names.tensor(port.module.weight))
-    order = {name: i for i, name in enumerate([*names.parameters.values(), *names.buffers.values()])}
-    ordered = sorted(slices.values(), key=lambda each: order[each.name])
-    producers.sort(key=order.__getitem__)
-    return ChannelGroup(
-        producers[0].rpartition(".")[0] or producers[0],
-        layout.num_channels,
-        tuple(ordered),
-        tuple(dict.fromkeys(producers)),
-        layout.attributes,
-    )
-
-
-def _positions(port: Port, size: int) -> Tensor:
-    """Along the dimension; a grouped convolution reads the same rows in each of its groups."""
-    return torch.tensor(port.positions) % size
+    ordered = sorted(slices.values(), key=lambda each: names.order[each.name])
+    layers = [p.module for p in coupling.ports if p.side == "out" and isinstance(p.module, PRODUCERS)]
+    producers = sorted({names.tensor(layer.weight) for layer in layers}, key=names.order.__getitem__)
+    name = producers[0].rpartition(".")[0] or producers[0]
+    return ChannelGroup(name, layout.num_channels, tuple(ordered), tuple(producers), layout.attributes)
 
 
 def _index(name: str, positions: Tensor, channel: Tensor, num_channels: int) -> Tensor:
     """(num_channels, k) from the channel of each position."""
-    pairs = sorted(set(zip(channel.tolist(), positions.tolist(), strict=True)))
-    counts = torch.bincount(torch.tensor([c for c, _ in pairs]), minlength=num_channels)
-    if len(set(counts.tolist())) != 1 or len({p for _, p in pairs}) != len(pairs):
+    # Sorted, and once: the graph may come to a position on two ways.
+    pairs: Tensor = torch.unique(torch.stack([channel, positions], dim=1), dim=0)
+    counts = torch.bincount(pairs[:, 0], minlength=num_channels)
+    if len(set(counts.tolist())) != 1 or len(set(pairs[:, 1].tolist())) != len(pairs):
         raise ValueError(f"the channels do not divide {name!r} evenly")
-    return torch.tensor([p for _, p in pairs]).view(num_channels, -1)
+    return pairs[:, 1].reshape(num_channels, -1)
 
 
 def tensors_of_port(port: Port, names: Names) -> Iterator[tuple[Tensor, int]]:
-    """The tensors of a port, and the dimension along which its channels lie.
-
-    Raises:
-        ValueError: If the layer is not known.
-    """
+    """The tensors of a port, and the dimension along which its channels lie; an error for other layers."""
     module, out = port.module, port.side == "out"
     if isinstance(module, nn.Parameter):
+        # One that is added or multiplied: its last dimension that is not broadcast.
         long = [dim for dim, size in enumerate(module.shape) if size > 1]
         if long:
             yield module, long[-1]
     elif isinstance(module, PRODUCERS):
-        transposed = isinstance(module, _TRANSPOSED)
+        transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+        # A depthwise weight is (channels, 1, ...), transposed or not, and its inputs are its outputs.
         yield module.weight, int(transposed == out) if not is_depthwise(module) else 0
         if module.bias is not None and (out or is_depthwise(module)):
             yield module.bias, 0
     elif isinstance(module, nn.Embedding):
         yield module.weight, 1
-    elif isinstance(module, (*_NORMS, nn.PReLU)):
+    elif isinstance(module, _VECTORS):
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        # One number is that of all channels: PReLU's slope, or how many batches a norm has seen.
         yield from ((tensor, tensor.ndim - 1) for tensor in own if tensor.numel() > 1)
     else:
         kind, path = type(module).__name__, names.modules.get(module, "")
         raise ValueError(f"{path!r} is a {kind}, whose channels cannot be removed one by one")
 
 
-def _parts(coupling: Coupling) -> list[int]:
-    """In how many parts a width is cut that layers read as one."""
-    readers = {len(set(port.positions)) for port in coupling.ports if port.side == "in"}
-    return sorted(coupling.width // n for n in readers if n < coupling.width and coupling.width % n == 0)
-
-
-def _bare_norms(coupling: Coupling, names: Names) -> Iterator[tuple[str, str]]:
-    """(module path, attribute) of norms without a tensor that tells their width."""
+def counting_attributes(coupling: Coupling, names: Names) -> Iterator[tuple[str, str]]:
+    """(module path, attribute) of layers that count their channels where no tensor tells them."""
     for module in dict.fromkeys(port.module for port in coupling.ports):
-        if isinstance(module, nn.modules.batchnorm._NormBase) and not module.state_dict():
+        if is_depthwise(module):
+            yield names.modules[module], "groups"
+        elif isinstance(module, nn.modules.batchnorm._NormBase) and not module.state_dict():
             yield names.modules[module], "num_features"
 
 
 def is_depthwise(module: object) -> bool:
     """Whether a convolution has one filter for each channel."""
     return isinstance(module, _CONVS) and 1 < module.groups == module.in_channels == module.out_channels
-
-
-def _is_grouped(module: object) -> bool:
-    return isinstance(module, _CONVS) and module.groups > 1 and not is_depthwise(module)
 
 
 def _heads(coupling: Coupling, names: Names) -> Iterator[tuple[str, str, int, int]]:
@@ -172,5 +147,5 @@ def _heads(coupling: Coupling, names: Names) -> Iterator[tuple[str, str, int, in
         parent = names.model.get_submodule(path)
         for attribute in HEADS:
             heads = getattr(parent, attribute, None)
-            if type(heads) is int and heads > 1:
+            if type(heads) is int and heads > 1:  # not a list of modules, nor a flag
                 yield path, attribute, heads, parts

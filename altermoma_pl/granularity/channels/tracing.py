@@ -21,7 +21,11 @@ HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "head
 
 
 class Port(NamedTuple):
-    """One side of a layer: its output or input channels at `positions` are those of the group at `roots`."""
+    """One side of a layer, and which of its channels are coupled.
+
+    Its outputs or inputs at `positions` are the channels that the first layer of the coupling puts out at
+    `roots`, one by one: a linear layer behind a flattening reads each root at several positions.
+    """
 
     module: nn.Module | nn.Parameter
     side: str  # "out" or "in"
@@ -30,20 +34,20 @@ class Port(NamedTuple):
 
 
 class Coupling(NamedTuple):
-    """Ports that share channels; `width` of them at the first layer."""
+    """All ports through which the same channels go, so that they can only be removed together.
+
+    It is what the graph tells, not yet what is true; `width` is the number of outputs of the first layer.
+    """
 
     width: int
     ports: list[Port]
 
 
-def trace(model: nn.Module, forward: Forward) -> list[Coupling]:
+def couplings_of(model: nn.Module, forward: Forward) -> list[Coupling]:
     """The couplings of a model, as its backward graph tells them.
 
-    They are candidates: operators that mix channels look like those that do not.
-
-    Raises:
-        ModuleNotFoundError: Without torch-pruning.
-        ValueError: If the forward pass fails, or nothing that it returns depends on the parameters.
+    They are candidates: operators that mix channels look like those that do not. Whatever the forward pass or
+    torch-pruning raises is raised.
     """
     try:
         import torch_pruning
@@ -82,30 +86,24 @@ def _couplings(graph: Any, model: nn.Module) -> Iterator[Coupling]:
         width = pruner.get_out_channels(module)
 
         def ports(*channels: int, of: Any = pruner, root: nn.Module = module) -> dict[tuple[Any, str], Port]:
-            group = graph.get_pruning_group(root, of.prune_out_channels, list(channels))
-            found = [_port(item, graph) for item in group]
-            return {
-                (port.module, port.side): port
-                for port in found
-                if port.module in parts or isinstance(port.module, nn.Parameter)
-            }
+            found = {}
+            for item in graph.get_pruning_group(root, of.prune_out_channels, list(channels)):
+                target = item.dep.target.module
+                side = "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
+                # All else are operators: torch-pruning makes a layer for each concatenation and view.
+                if target in parts or isinstance(target, nn.Parameter):
+                    found[target, side] = Port(target, side, list(item.idxs), list(item.root_idxs))
+            return found
 
+        # Where the first and the last channel touch as much, and no other output of this layer, all do.
         first, last = ports(0), ports(width - 1)
-        if _lengths(first) == _lengths(last) and first[module, "out"].positions == [0]:
+        lengths = [{key: len(port.positions) for key, port in each.items()} for each in (first, last)]
+        if lengths[0] == lengths[1] and first[module, "out"].positions == [0]:
             coupled = ports(*range(width))
         else:  # outputs part, or are coupled with each other: asked at once, the graph takes minutes
             coupled = _merged(ports(channel) for channel in range(width))
         seen |= {port.module for port in coupled.values() if port.side == "out"}
         yield Coupling(width, list(coupled.values()))
-
-
-def _port(item: Any, graph: Any) -> Port:
-    side = "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
-    return Port(item.dep.target.module, side, list(item.idxs), list(item.root_idxs))
-
-
-def _lengths(ports: Mapping[tuple[Any, str], Port]) -> dict[tuple[Any, str], int]:
-    return {key: len(port.positions) for key, port in ports.items()}
 
 
 def _merged(parts: Iterable[dict[tuple[Any, str], Port]]) -> dict[tuple[Any, str], Port]:
@@ -120,6 +118,7 @@ def _merged(parts: Iterable[dict[tuple[Any, str], Port]]) -> dict[tuple[Any, str
 
 def tensors_of(value: Any) -> list[Tensor]:
     """The floating-point tensors in nested tuples, lists and mappings, in order."""
+    # Not torch's pytree, to which a subclass of dict or list is one leaf: detectors return such.
     if isinstance(value, Tensor):
         return [value] if value.is_floating_point() else []
     if isinstance(value, Mapping):

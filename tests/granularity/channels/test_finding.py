@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from altermoma_pl.granularity.channels import find_channels
-from altermoma_pl.granularity.channels.tracing import trace
+from altermoma_pl.granularity.channels.tracing import couplings_of
 from altermoma_pl.granularity.channels.trial import enliven_
 from tests.helpers.coupled_channels import found, untouched
 from tests.helpers.coupled_models import CASES, Net, block, chain, conv, multihead
@@ -147,7 +147,7 @@ def test_the_trial_catches_what_the_graph_reads_wrongly():
         return m.head(torch.relu(m.a(x.sort(1).values)))
 
     model = Net(function, stem=conv(3, 8), a=conv(8, 6), head=conv(6, 2)).eval()
-    [coupling, *_] = trace(model, lambda m: m(image()))
+    [coupling, *_] = couplings_of(model, lambda m: m(image()))
     assert [(p.module, p.side) for p in coupling.ports] == [(model.stem, "out"), (model.a, "in")]
     channels = search(model)
     assert list(channels) == ["a"]

@@ -17,11 +17,11 @@ Cost = Callable[[Mapping[str, int]], float]
 
 
 class Step(NamedTuple):
-    """Removing the worst block of a group."""
+    """Removing a block of a group: its mean score, and the width that it leaves."""
 
     score: float
     group: str
-    width: int  # that it leaves
+    width: int
 
 
 def keep_widths(
@@ -53,64 +53,57 @@ def keep_widths(
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity must be in [0, 1), got {sparsity}")
     alive = within or {name: torch.ones(len(score), dtype=torch.bool) for name, score in scores.items()}
-    steps = steps or dict.fromkeys(scores, 1)
-    order, todo = {}, []
-    for index, (name, score) in enumerate(scores.items()):
-        own = score.detach().double().cpu().masked_fill(~alive[name].cpu(), -torch.inf)
-        width = int(alive[name].sum())
-        order[name] = own.argsort(descending=True, stable=True)
-        ranked = own[order[name]]
-        if not bool(ranked[:width].isfinite().all()):
-            raise ValueError(f"scores of the channels of {name!r} are not finite")
-        floor = _floor(len(score), steps[name], min_density)
-        todo += [(-index, step) for step in _steps(name, ranked, width, steps[name], floor)]
-    removals = [step for _, step in sorted(todo, key=lambda each: (each[1].score, each[0], -each[1].width))]
-    full = {name: len(score) for name, score in scores.items()}
-    cost = cost or _number
-    limit = (1 - sparsity) * cost(full) * (1 + 1e-12)
     start = {name: int(alive[name].sum()) for name in scores}
+    steps = steps or dict.fromkeys(scores, 1)
+    cost = cost or (lambda widths: float(sum(widths.values())))
+    order: dict[str, Tensor] = {}
+    removals: list[Step] = []
+    for name, score in reversed(list(scores.items())):
+        own = score.detach().double().cpu().masked_fill(~alive[name].cpu(), -torch.inf)
+        order[name] = own.argsort(descending=True, stable=True)
+        ranked = own[order[name]][: start[name]]
+        if not bool(ranked.isfinite().all()):
+            raise ValueError(f"scores of the channels of {name!r} are not finite")
+        least = round(max(1, min_density * len(score)), 9)  # 0.07 * 100 is more than 7
+        removals += _steps(name, ranked, steps[name], math.ceil(least / steps[name]) * steps[name])
+    # Stable: of equal scores those of the later group go first, and in a group the last.
+    removals.sort(key=lambda step: step.score)
+    # Rounding must not take one block more than needed, where a share of a cost is no exact number.
+    full = cost({name: len(score) for name, score in scores.items()})
+    limit = (1 - sparsity) * full * (1 + 1e-12)
 
-    def cost_after(count: int) -> float:
-        return cost(_after(start, removals[:count]))
+    def widths_after(count: int) -> dict[str, int]:
+        return start | {step.group: step.width for step in removals[:count]}
 
-    count = bisect_left(range(len(removals) + 1), True, key=lambda n: cost_after(n) <= limit)
-    if count > len(removals):
-        most = 1 - cost_after(len(removals)) / cost(full)
+    # By bisection, since every block that goes costs less; of FLOPs, a cost takes a while.
+    counts = range(len(removals) + 1)
+    count = bisect_left(counts, True, key=lambda n: cost(widths_after(n)) <= limit)
+    if count not in counts:
+        most = 1 - cost(widths_after(count)) / full
         raise ValueError(
             f"sparsity {sparsity:.4g} cannot be reached: with whole blocks and the floor of each layer "
             f"the most is {most:.4g}; lower round_to, min_density or the sparsity"
         )
-    widths = _after(start, removals[:count])
-    kept = {}
-    for name, score in scores.items():
-        kept[name] = torch.zeros(len(score), dtype=torch.bool)
-        kept[name][order[name][: widths[name]]] = True
+    kept = {name: torch.zeros(len(score), dtype=torch.bool) for name, score in scores.items()}
+    for name, width in widths_after(count).items():
+        kept[name][order[name][:width]] = True
     return kept
 
 
-def _steps(name: str, ranked: Tensor, width: int, step: int, floor: int) -> list[Step]:
-    """The blocks that may go, the worst first; their mean scores never fall."""
+def _steps(name: str, ranked: Tensor, step: int, floor: int) -> list[Step]:
+    """The blocks that may go, the worst first; their mean scores never fall.
+
+    Args:
+        name: Of the group.
+        ranked: Scores of the channels that are there, the highest first.
+        step: Widths become multiples of it, so that the first block may be a smaller one.
+        floor: The smallest width.
+    """
     found: list[Step] = []
-    current = width
-    while True:
-        smaller = (current - 1) // step * step
-        if smaller < max(floor, step):
-            return found
-        mean = float(ranked[smaller:current].mean())
-        if found:  # equal scores: their mean may fall by rounding
-            mean = max(mean, found[-1].score)
-        found.append(Step(mean, name, smaller))
-        current = smaller
-
-
-def _floor(num_channels: int, step: int, min_density: float) -> int:
-    least = round(max(1, min_density * num_channels), 9)  # 0.07 * 100 is more than 7
-    return math.ceil(least / step) * step
-
-
-def _after(start: Mapping[str, int], removals: list[Step]) -> dict[str, int]:
-    return {**start, **{step.group: step.width for step in removals}}
-
-
-def _number(widths: Mapping[str, int]) -> float:
-    return float(sum(widths.values()))
+    current = len(ranked)
+    for width in range((current - 1) // step * step, floor - 1, -step):
+        mean = float(ranked[width:current].mean())
+        # Equal scores: their mean may fall by rounding, and a narrower width would come first.
+        found.append(Step(max(mean, found[-1].score) if found else mean, name, width))
+        current = width
+    return found

@@ -50,7 +50,7 @@ def test_means_never_fall():
     from altermoma_pl.granularity.channels.widths import _steps
 
     ranked = torch.full((100,), 0.1, dtype=torch.float64)
-    scores = [step.score for step in _steps("a", ranked, 100, 7, 1)]
+    scores = [step.score for step in _steps("a", ranked, 7, 1)]
     assert len(scores) == 14
     assert scores == sorted(scores)
 

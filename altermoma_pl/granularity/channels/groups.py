@@ -19,7 +19,7 @@ Kept = dict[str, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Slice:
-    """Where the channels of a group lie in one parameter or buffer.
+    """Where the channels of a group lie in one tensor: which positions along which of its dimensions.
 
     Args:
         name: Of the parameter or buffer.
@@ -35,7 +35,11 @@ class Slice:
 
 @dataclass(frozen=True, eq=False)
 class ChannelGroup:
-    """Channels that several layers share: the c-th of all slices is one channel, removed as a whole.
+    """Coupled channels: those that layers share, so that a channel leaves all of them or none.
+
+    The c-th of all slices is one channel: rows of the layers that put it out, entries of norms and biases,
+    columns of the layers that read it. What else is called a group in torch, the groups of a convolution or
+    of an optimizer's parameters, is not meant.
 
     Args:
         name: Module path of the first layer that puts the channels out.
@@ -59,13 +63,15 @@ class ChannelGroup:
 
     def step(self, round_to: int) -> int:
         """Number of channels by which widths of the producers change by multiples of `round_to`."""
+        # A head, or a channel of a grouped convolution, is several rows of the weight. The least, since a
+        # weight that puts channels out may read them as well, several inputs of each.
         producers = [each for each in self.slices if each.name in self.producers]
         return round_to // math.gcd(round_to, min(each.index.shape[1] for each in producers))
 
 
 @dataclass(frozen=True, eq=False)
 class Channels(Mapping[str, ChannelGroup]):
-    """The groups of a model whose channels can be removed, by name, and why others cannot.
+    """All groups of a model whose channels can be removed, by name, and why other channels cannot.
 
     Args:
         groups: Those whose removal was tried and proved to equal masking.
@@ -98,14 +104,11 @@ class Channels(Mapping[str, ChannelGroup]):
         masks: dict[str, Tensor] = {}
         for group in self.groups:
             for each in group.slices:
-                if each.name not in parameters:
-                    continue
-                like = parameters[each.name]
-                mask = masks.setdefault(
-                    each.name, torch.ones(like.shape, dtype=torch.bool, device=like.device)
-                )
-                gone = each.index[~kept[group.name].to(each.index.device)].flatten().to(like.device)
-                mask.index_fill_(each.dim, gone, False)
+                like = parameters.get(each.name)
+                if like is not None:
+                    whole = torch.ones(like.shape, dtype=torch.bool, device=like.device)
+                    gone = each.index[~kept[group.name].to(each.index.device)].flatten()
+                    masks.setdefault(each.name, whole).index_fill_(each.dim, gone.to(like.device), False)
         return Masks({name: masks[name] for name in parameters if name in masks})
 
     def kept(self, masks: Mapping[str, Tensor]) -> Kept:
@@ -116,26 +119,20 @@ class Channels(Mapping[str, ChannelGroup]):
         Args:
             masks: Parameter name -> booleans, or the parameters themselves, of which zeros count as pruned.
         """
-        return {group.name: _alive(group, masks) for group in self.groups}
+        kept = Kept()
+        for group in self.groups:
+            masked = [each for each in group.slices if each.name in masks]
+            # Of any slice: a channel that one layer has zeros for is still computed by the others.
+            alive = [reduce_channels(masks[each.name] != 0, each).cpu() > 0 for each in masked]
+            whole = torch.ones(group.num_channels, dtype=torch.bool)
+            kept[group.name] = torch.stack(alive).any(0) if alive else whole
+        return kept
 
 
 def owners(channels: Channels, group_of: Mapping[str, str]) -> dict[str, str]:
-    """Group name -> the modality whose layers put its channels out; "shared" if there are several.
-
-    Args:
-        channels: The groups.
-        group_of: Parameter name -> its modality or "shared".
-    """
+    """Group name -> the modality, by parameter name, of its producers; "shared" if there are several."""
     of = {name: {group_of[producer] for producer in group.producers} for name, group in channels.items()}
     return {name: own.pop() if len(own) == 1 else SHARED for name, own in of.items()}
-
-
-def _alive(group: ChannelGroup, masks: Mapping[str, Tensor]) -> Tensor:
-    masked = [each for each in group.slices if each.name in masks]
-    if not masked:
-        return torch.ones(group.num_channels, dtype=torch.bool)
-    alive = [reduce_channels(masks[each.name] != 0, each).cpu() > 0 for each in masked]
-    return torch.stack(alive).any(0)
 
 
 def reduce_channels(tensor: Tensor, where: Slice) -> Tensor:

@@ -31,13 +31,13 @@ def outputs_of(model: nn.Module, forward: Forward) -> list[Tensor]:
 
 def difference(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
     """Largest difference relative to the largest value (at least 1); infinite if shapes differ."""
-    if [t.shape for t in one] != [t.shape for t in other]:
+    if [t.shape for t in one] != [t.shape for t in other]:  # a channel that went was an output
         return torch.inf
     worst = 0.0
     for a, b in zip(one, other, strict=True):
         if a.numel():
             gap = (a.double() - b.double()).abs().max() / a.double().abs().max().clamp(min=1)
-            worst = max(worst, torch.inf if gap.isnan() else float(gap))
+            worst = max(worst, torch.inf if gap.isnan() else float(gap))  # max() would drop a NaN
     return worst
 
 
@@ -46,12 +46,7 @@ def why_not(
 ) -> str | None:
     """Why removing these channels is not what masking them is; None if it is.
 
-    Args:
-        model: Is changed.
-        groups: All groups with channels that go.
-        kept: Group name -> (num_channels,) booleans.
-        forward: Runs the model.
-        reset: Brings the model back.
+    The model is changed, and brought back by `reset`.
     """
     channels = Channels(tuple(groups))
     parameters = dict(model.named_parameters())
@@ -59,6 +54,7 @@ def why_not(
         with torch.no_grad():
             channels.to_masks(kept, parameters).apply_(model)
         masked = outputs_of(model, forward)
+        # Of the masked model, not of the dense one: what is removed is zero by then in both.
         Resizing.of(channels, kept, model).apply_(model)
         gap = difference(masked, outputs_of(model, forward))
     except Exception as error:  # of the user's code, of any kind
@@ -94,8 +90,10 @@ def enliven_(model: nn.Module, generator: torch.Generator) -> None:
     for name, parameter in model.named_parameters():
         if is_constant(name.rpartition(".")[2], parameter) or not parameter.numel():
             continue
+        # Also all the same: a norm's ones or a bias of one number treat channels alike, so that removing the
+        # wrong ones would not show.
         same = (parameter == 0) | (parameter.min() == parameter.max())
-        fan_in = parameter[0].numel() if parameter.ndim > 1 else 100
+        fan_in = parameter[0].numel() if parameter.ndim > 1 else 100  # vectors: a tenth, beside ones
         noise = torch.randn(parameter.shape, generator=generator) / max(1, fan_in) ** 0.5
         parameter.add_(noise.to(parameter) * same)
     for name, buffer in model.named_buffers():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from altermoma_pl.model.options import check_types
+from altermoma_pl.model.options import check_options
 
 
 class Schedule(ABC):
@@ -34,8 +36,37 @@ class Schedule(ABC):
         return None
 
 
+class _Planned(Schedule):
+    """The epochs of all events are known from the start."""
+
+    @property
+    @abstractmethod
+    def _events(self) -> Sequence[int]:
+        """Epochs of the events, in order."""
+
+    @abstractmethod
+    def _curve(self, progress: float, target: float) -> float:
+        """Sparsity at the given share of the events, in (0, 1); the first event already prunes."""
+
+    @property
+    def last_epoch(self) -> int:
+        """Epoch of the last event."""
+        return self._events[-1]
+
+    def is_due(self, epoch: int) -> bool:
+        """Whether there is an event at `epoch`."""
+        return epoch in self._events
+
+    def sparsity_at(self, epoch: int, target: float) -> float:
+        """The sparsity of the latest event."""
+        past, number = bisect(self._events, epoch), len(self._events)
+        if past == number:
+            return target  # not by the curve, which would round
+        return self._curve(past / number, target) if past else 0.0
+
+
 @dataclass(frozen=True)
-class OneShot(Schedule):
+class OneShot(_Planned):
     """Everything at once.
 
     Args:
@@ -45,71 +76,34 @@ class OneShot(Schedule):
     epoch: int = 0
 
     def __post_init__(self) -> None:
-        check_types(self, "OneShot: ")
-        _check(self.epoch >= 0, f"OneShot: epoch must be at least 0, got {self.epoch}")
+        check_options(self, epoch=0)
 
     @property
-    def last_epoch(self) -> int:
-        """Epoch of the only event."""
-        return self.epoch
+    def _events(self) -> Sequence[int]:
+        return (self.epoch,)
 
-    def is_due(self, epoch: int) -> bool:
-        """Whether this is the epoch."""
-        return epoch == self.epoch
-
-    def sparsity_at(self, epoch: int, target: float) -> float:
-        """0 before, `target` after."""
-        return target if epoch >= self.epoch else 0.0
+    def _curve(self, progress: float, target: float) -> float:
+        return target
 
 
 @dataclass(frozen=True)
-class _Gradual(Schedule):
-    """Events at `start`, `start + every`, ... and at `end`.
-
-    Args:
-        start: Epoch of the first event.
-        end: Epoch of the last event.
-        every: Number of epochs from one event to the next.
-
-    Raises:
-        ValueError: If not 0 <= start <= end or every < 1.
-    """
+class _Gradual(_Planned):
+    """Events at `start`, `start + every`, ... and at `end`."""
 
     start: int = 0
     end: int = 4
     every: int = 1
 
     def __post_init__(self) -> None:
-        name = type(self).__name__
-        check_types(self, f"{name}: ")
-        _check(
-            0 <= self.start <= self.end,
-            f"{name}: 0 <= start <= end is needed, got start={self.start}, end={self.end}",
-        )
-        _check(self.every >= 1, f"{name}: every must be at least 1 epoch, got {self.every}")
+        check_options(self, every=1)
+        if not 0 <= self.start <= self.end:
+            raise ValueError(
+                f"{type(self).__name__}: 0 <= start <= end is needed, got start={self.start}, end={self.end}"
+            )
 
     @property
-    def last_epoch(self) -> int:
-        """Epoch of the last event."""
-        return self.end
-
-    def is_due(self, epoch: int) -> bool:
-        """Whether `epoch` is `start`, a multiple of `every` after it, or `end`."""
-        inside = self.start <= epoch <= self.end
-        return inside and ((epoch - self.start) % self.every == 0 or epoch == self.end)
-
-    def sparsity_at(self, epoch: int, target: float) -> float:
-        """The sparsity of the latest event; the first event already prunes."""
-        if epoch >= self.end:
-            return target
-        if epoch < self.start:
-            return 0.0
-        num_events = -(-(self.end - self.start) // self.every) + 1
-        return self._curve(((epoch - self.start) // self.every + 1) / num_events, target)
-
-    @abstractmethod
-    def _curve(self, progress: float, target: float) -> float:
-        """Sparsity at the given share of the events, in (0, 1)."""
+    def _events(self) -> Sequence[int]:
+        return (*range(self.start, self.end, self.every), self.end)
 
 
 @dataclass(frozen=True)
@@ -155,7 +149,7 @@ class Exponential(_Gradual):
 
 
 @dataclass(frozen=True)
-class Rewinding(Schedule):
+class Rewinding(_Planned):
     """Rounds of training from the same start, each with fewer weights: lottery tickets.
 
     Iterative magnitude pruning with rewinding (Frankle and Carbin 2019; Frankle et al. 2020), if the
@@ -184,36 +178,17 @@ class Rewinding(Schedule):
     rewind_epoch: int = 0
 
     def __post_init__(self) -> None:
-        check_types(self, "Rewinding: ")
-        for name, least in (("rounds", 1), ("epochs_per_round", 1), ("rewind_epoch", 0)):
-            value = getattr(self, name)
-            _check(value >= least, f"Rewinding: {name} must be at least {least}, got {value}")
-
-    @property
-    def last_epoch(self) -> int:
-        """Epoch of the last event; a round of training follows it."""
-        return self.rewind_epoch + (self.rounds - 1) * self.epochs_per_round
+        check_options(self, rounds=1, epochs_per_round=1, rewind_epoch=0)
 
     @property
     def rewinds_to(self) -> int:
         """The epoch to whose start each event goes back."""
         return self.rewind_epoch
 
-    def is_due(self, epoch: int) -> bool:
-        """Whether a round begins with `epoch`."""
-        inside = self.rewind_epoch <= epoch <= self.last_epoch
-        return inside and (epoch - self.rewind_epoch) % self.epochs_per_round == 0
+    @property
+    def _events(self) -> Sequence[int]:
+        first, step = self.rewind_epoch, self.epochs_per_round
+        return range(first, first + self.rounds * step, step)
 
-    def sparsity_at(self, epoch: int, target: float) -> float:
-        """The sparsity of the round: 1 - (1 - target)^(round / rounds), with rounds counted from 1."""
-        if epoch >= self.last_epoch:
-            return target
-        if epoch < self.rewind_epoch:
-            return 0.0
-        number = (epoch - self.rewind_epoch) // self.epochs_per_round + 1
-        return float(1 - (1 - target) ** (number / self.rounds))
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+    def _curve(self, progress: float, target: float) -> float:
+        return float(1 - (1 - target) ** progress)

@@ -145,7 +145,7 @@ def test_one_shot_before_training_is_an_error():
     [
         ((-1, 2), ": 0 <= start <= end is needed, got start=-1, end=2"),
         ((3, 2), ": 0 <= start <= end is needed, got start=3, end=2"),
-        ((0, 2, 0), ": every must be at least 1 epoch, got 0"),
+        ((0, 2, 0), ": every must be at least 1, got 0"),
     ],
 )
 def test_impossible_events_are_named(cls, arguments, message):

@@ -15,7 +15,7 @@ from altermoma_pl.granularity.channels.tracing import Forward
 from altermoma_pl.mask.masks import Masks
 from altermoma_pl.mask.top_k import Scope
 from altermoma_pl.model.contexts import noise_free, restored
-from altermoma_pl.model.options import check_type
+from altermoma_pl.model.options import check_options
 from altermoma_pl.score import Criterion
 
 
@@ -42,10 +42,7 @@ class Channel(Granularity):
     by_channel = True
 
     def __post_init__(self) -> None:
-        check_type("target", self.target, Literal["channels", "flops"])
-        check_type("round_to", self.round_to, int)
-        if self.round_to < 1:
-            raise ValueError(f"round_to must be at least 1, got {self.round_to}")
+        check_options(self, round_to=1)
 
     def check(self, criterion: Criterion, sparsity: Sparsity, scope: Scope, min_density: float) -> None:
         """The criterion must know nothing of weights, and FLOPs are those of the whole model."""

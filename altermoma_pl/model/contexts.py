@@ -7,6 +7,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def restored(model: nn.Module) -> Iterator[Callable[[], None]]:
     Yields:
         A function that brings back the same state at once; the context goes on.
     """
-    undo = [_remember(vars(module), depth=2) for module in model.modules()]
+    undo = [each for module in model.modules() for each in _undo(vars(module), depth=2)]
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     generators = _generator_states()
 
@@ -139,64 +140,39 @@ def _is_noisy(module: nn.Module) -> bool:
     return isinstance(module, _DROPOUTS) or type(module).__name__ in _STOCHASTIC_DEPTH
 
 
-def _remember(value: Any, depth: int) -> Callable[[], None]:
-    """How to bring back the content of a tensor, or of a container to the given depth.
+def _undo(value: Any, depth: int) -> Iterator[Callable[[], None]]:
+    """What brings back the content of a tensor, or of a container and what it holds to the given depth.
 
     The same objects are filled again, because others may hold a reference to them. Only exact
     builtins, and the ordered dictionary that modules of older torch keep their parameters in: any
     other subclass may have a meaning of its own.
     """
-    if isinstance(value, Tensor):
-        return _remember_tensor(value)
-    if type(value) in (dict, OrderedDict):
-        items = dict(value)
-        inner = _remember_all(items.values(), depth)
-
-        def bring_back_dict() -> None:
-            if list(value) != list(items):  # the order counts: it is that of named_parameters()
-                value.clear()
-            value.update(items)
-            inner()
-
-        return bring_back_dict
-    if type(value) is list:
-        elements = list(value)
-        inner = _remember_all(elements, depth)
-
-        def bring_back_list() -> None:
-            value[:] = elements
-            inner()
-
-        return bring_back_list
-    return _nothing
+    held: list[Any] = []
+    if isinstance(value, Tensor) and value.layout == torch.strided:
+        storage = local(value).detach()  # the same memory, even if user code points `value.data` elsewhere
+        yield partial(_refill_tensor, value, storage, storage.clone())
+    elif type(value) in (dict, OrderedDict):
+        held = list(value.values())
+        yield partial(_refill_dict, value, dict(value))
+    elif type(value) is list:
+        held = list(value)
+        yield partial(value.__setitem__, slice(None), held)
+    for each in held if depth else ():
+        yield from _undo(each, depth - 1)
 
 
-def _remember_all(values: Iterable[Any], depth: int) -> Callable[[], None]:
-    if depth == 0:
-        return _nothing
-    undo = [_remember(value, depth - 1) for value in values if isinstance(value, (Tensor, dict, list))]
-
-    def bring_back() -> None:
-        for each in undo:
-            each()
-
-    return bring_back
+def _refill_dict(value: dict[Any, Any], items: dict[Any, Any]) -> None:
+    if list(value) != list(items):  # the order counts: it is that of named_parameters()
+        value.clear()
+    value.update(items)
 
 
-def _remember_tensor(tensor: Tensor) -> Callable[[], None]:
-    if tensor.layout != torch.strided:
-        return _nothing
-    storage = local(tensor).detach()  # the same memory, even if user code points `tensor.data` elsewhere
-    content = storage.clone()
-
-    @torch.no_grad()
-    def bring_back() -> None:
-        if local(tensor).data_ptr() != storage.data_ptr():
-            tensor.data = like(storage, tensor)
-        if not _same_bits(storage, content):
-            storage.copy_(content)
-
-    return bring_back
+@torch.no_grad()
+def _refill_tensor(tensor: Tensor, storage: Tensor, content: Tensor) -> None:
+    if local(tensor).data_ptr() != storage.data_ptr():
+        tensor.data = like(storage, tensor)
+    if not _same_bits(storage, content):
+        storage.copy_(content)
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
@@ -204,10 +180,6 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
     if one.is_complex():
         one, other = torch.view_as_real(one), torch.view_as_real(other)
     return torch.equal(bits_of(one), bits_of(other))
-
-
-def _nothing() -> None:
-    """There is nothing to bring back."""
 
 
 def _generator_states() -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from itertools import accumulate
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
@@ -85,7 +86,7 @@ class Modalities(Mapping[str, tuple[str, ...]]):
         for name, patterns in self._patterns.items():
             for pattern in patterns:
                 _check_matches(name, pattern, aliases, model)
-        groups: dict[str, list[str]] = {name: [] for name in (*self._patterns, SHARED)}
+        groups: dict[str, tuple[str, ...]] = dict.fromkeys((*self._patterns, SHARED), ())
         for parameter, names in aliases.items():
             owners = [m for m, own in self._patterns.items() if selects(own, *names)]
             if len(owners) > 1:
@@ -94,14 +95,14 @@ class Modalities(Mapping[str, tuple[str, ...]]):
                     f"{' and '.join(map(repr, owners))}: exclude it from all but one, "
                     f"for example with the pattern '!{parameter}'"
                 )
-            groups[owners[0] if owners else SHARED].append(parameter)
+            groups[owners[0] if owners else SHARED] += (parameter,)
         for name in self._patterns:
             if not groups[name]:
                 raise ValueError(
                     f"modality {name!r} has no parameter: its patterns {list(self._patterns[name])} "
                     f"exclude all that they match"
                 )
-        return {name: tuple(parameters) for name, parameters in groups.items()}
+        return groups
 
 
 def prunable(model: nn.Module, patterns: Sequence[str] = ()) -> tuple[str, ...]:
@@ -122,20 +123,17 @@ def prunable(model: nn.Module, patterns: Sequence[str] = ()) -> tuple[str, ...]:
         _check_matches("prunable", pattern, aliases, model)
     parameters = dict(model.named_parameters())
     default = set(_projection_weights(model))
-    added = [p for p in patterns if not p.startswith("!")]
-    removed = [p[1:] for p in patterns if p.startswith("!")]
-    names = []
-    for name, others in aliases.items():
-        wanted = name in default or any(_matches(p, n) for p in added for n in others)
-        unwanted = any(_matches(p, n) for p in removed for n in others)
-        if wanted and not unwanted and parameters[name].requires_grad:
-            names.append(name)
+    names = tuple(
+        name
+        for name, others in aliases.items()
+        if selects(patterns, *others, default=name in default) and parameters[name].requires_grad
+    )
     if not names:
         raise ValueError(
             "nothing is prunable: the model has no trainable weight of a convolution, linear or "
             "attention layer that the patterns leave; unfreeze it or add parameters by pattern"
         )
-    return tuple(names)
+    return names
 
 
 def check_prunable(groups: Mapping[str, Sequence[str]], names: Iterable[str]) -> None:
@@ -155,9 +153,9 @@ def group_of(groups: Mapping[str, Iterable[str]]) -> dict[str, str]:
     return {name: group for group, names in groups.items() for name in names}
 
 
-def selects(patterns: Sequence[str], *names: str) -> bool:
-    """Whether a pattern takes the parameter by one of its names, and no `!` pattern takes it away."""
-    taken = any(_matches(p, name) for p in patterns if not p.startswith("!") for name in names)
+def selects(patterns: Sequence[str], *names: str, default: bool = False) -> bool:
+    """Whether a pattern takes the parameter by one of its names, or the default, and no `!` takes it away."""
+    taken = default or any(_matches(p, name) for p in patterns if not p.startswith("!") for name in names)
     return taken and not any(_matches(p[1:], n) for p in patterns if p.startswith("!") for n in names)
 
 
@@ -198,22 +196,22 @@ def _parameter_aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 def _matches(pattern: str, name: str) -> bool:
     """Whether the glob takes the parameter `name`, or a module above it."""
-    parts = name.replace(_COMPILED, "").split(".")
-    return any(fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
+    return any(fnmatchcase(path, pattern) for path in _paths(name))
 
 
-def _modules_above(name: str) -> Iterator[str]:
-    parts = name.split(".")
-    return (".".join(parts[:end]) for end in range(1, len(parts)))
+def _paths(name: str) -> list[str]:
+    """The modules above a parameter, outermost first, and itself."""
+    return list(accumulate(name.replace(_COMPILED, "").split("."), "{}.{}".format))
 
 
 def _check_matches(owner: str, pattern: str, aliases: Mapping[str, Iterable[str]], model: nn.Module) -> None:
     glob = pattern.removeprefix("!")
-    learned = [name.replace(_COMPILED, "") for names in aliases.values() for name in names]
-    if any(_matches(glob, name) for name in learned):
+    learned = [_paths(name) for names in aliases.values() for name in names]
+    if any(fnmatchcase(path, glob) for paths in learned for path in paths):
         return
     # Only what would match: a module may hold nothing that is learned.
-    paths = list(dict.fromkeys(path for name in learned for path in _modules_above(name))) or learned
+    modules = dict.fromkeys(path for paths in learned for path in paths[:-1])
+    paths = list(modules) or [path for (path,) in learned]
     close = difflib.get_close_matches(glob, paths, n=3, cutoff=0.4) or paths[:3]
     raise ValueError(
         f"{owner}: pattern {pattern!r} matches no parameter of {type(model).__name__}; "
@@ -223,9 +221,9 @@ def _check_matches(owner: str, pattern: str, aliases: Mapping[str, Iterable[str]
 
 def _projection_weights(model: nn.Module) -> Iterator[str]:
     for path, module in model.named_modules():
-        for leaf, parameter in module.named_parameters(recurse=False):
-            if _is_projection(module, leaf, parameter):
-                yield f"{path}.{leaf}" if path else leaf
+        for name, parameter in module.named_parameters(path, recurse=False):
+            if _is_projection(module, name.rpartition(".")[2], parameter):
+                yield name
 
 
 def _is_projection(module: nn.Module, leaf: str, parameter: nn.Parameter) -> bool:

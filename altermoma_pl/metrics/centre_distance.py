@@ -5,20 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
-from altermoma_pl.metrics.matching import (
-    average_precision,
-    by_score,
-    centre_distance,
-    check_side,
-    flat_rows,
-    greedy_match,
-    read_rows,
-)
+from altermoma_pl.metrics.matching import checked_boxes, checked_distances, match, mean_precision
+from altermoma_pl.metrics.rows import RowMetric
 
 
-class CentreDistanceAP(Metric):
+class CentreDistanceAP(RowMetric):
     """Detection average precision, matched by the 2D distance of centres as on nuScenes.
 
     Per class and distance, predictions are taken by descending score. Each takes the closest
@@ -46,12 +38,7 @@ class CentreDistanceAP(Metric):
         tensor(0.7500)
     """
 
-    is_differentiable = False
     higher_is_better = True
-    full_state_update = False
-
-    rows: list[Tensor]  # score, class, 1 or 0 per distance where it is a true positive
-    num_targets: Tensor
 
     def __init__(
         self,
@@ -59,16 +46,11 @@ class CentreDistanceAP(Metric):
         distances: Sequence[float] = (0.5, 1.0, 2.0, 4.0),
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}.")
-        if not distances or min(distances) <= 0:
-            raise ValueError(f"distances must be one or more positive numbers, got {distances}.")
+        super().__init__(num_classes, **kwargs)
         self.num_classes = num_classes
-        self.distances = tuple(distances)
-        self.add_state("rows", [], dist_reduce_fx="cat")
-        zeros = torch.zeros(num_classes, dtype=torch.int64)
-        self.add_state("num_targets", zeros, dist_reduce_fx="sum")
+        self.distances = checked_distances(distances)
 
     def update(
         self,
@@ -95,13 +77,11 @@ class CentreDistanceAP(Metric):
             ValueError: The tensors of one side differ in length, or a class is out of range.
         """
         num = self.num_classes
-        check_side("predictions", "centres", centres, 2, classes, (scores, frames), num)
-        check_side("targets", "centres", target_centres, 2, target_classes, (target_frames,), num)
-        distance = centre_distance(centres, classes, frames, target_centres, target_classes, target_frames)
+        found = checked_boxes("predictions", "centres", 2, num, centres, classes, frames, scores)
+        targets = checked_boxes("targets", "centres", 2, num, target_centres, target_classes, target_frames)
         scores = scores.detach().float()  # as they are stored: ties must be the same in both places
-        taken = greedy_match(distance, scores, self.distances)
-        self.rows.append(flat_rows(scores, classes, taken >= 0))
-        self.num_targets += torch.bincount(target_classes, minlength=self.num_classes)
+        self._add_rows(scores, classes, match(found, scores, targets, self.distances) >= 0)
+        self.num_targets += torch.bincount(target_classes, minlength=num)
 
     def compute(self) -> Tensor:
         """Mean over distances and over the classes that occur in the ground truth, a scalar.
@@ -119,12 +99,6 @@ class CentreDistanceAP(Metric):
             return self._ap()
 
     def _ap(self) -> Tensor:
-        rows = read_rows(self.rows, 2 + len(self.distances))
-        rows = rows[by_score(rows[:, 0])]
-        values = [
-            torch.stack([average_precision(m, num) for m in rows[rows[:, 1] == c, 2:].T]).mean()
-            if num
-            else torch.tensor(torch.nan)
-            for c, num in enumerate(self.num_targets.tolist())
-        ]
-        return torch.stack(values).to(self.num_targets.device)
+        rows, counts = self._rows_by_class(2 + len(self.distances)), self.num_targets.tolist()
+        values = [mean_precision(own[:, 2:], num) for own, num in zip(rows, counts, strict=True)]
+        return torch.stack(values).to(self.device).masked_fill(self.num_targets == 0, torch.nan)

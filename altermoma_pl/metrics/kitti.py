@@ -1,12 +1,11 @@
 """KITTI's average precision of 2D, bird's-eye-view and 3D boxes."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
 from altermoma_pl.metrics.kitti_rules import (
     DIFFICULTIES,
@@ -18,16 +17,17 @@ from altermoma_pl.metrics.kitti_rules import (
     Flags,
     KittiDetections,
     KittiTargets,
-    average_precision,
     detection_flags,
     dont_care_share,
     match_frame,
     overlaps,
+    recall_precision,
     target_flags,
 )
+from altermoma_pl.metrics.rows import RowMetric
 
 
-class KittiAP(Metric):
+class KittiAP(RowMetric):
     """Average precision of Car, Pedestrian and Cyclist by the rules of the KITTI benchmark.
 
     The measures "2d", "bev" and "3d" need an overlap above .7 for Car, .5 for Pedestrian and
@@ -72,43 +72,18 @@ class KittiAP(Metric):
         tensor(1.)
     """
 
-    is_differentiable = False
     higher_is_better = True
-    full_state_update = False
-
-    # One row per detection that changes a count: see `match_frame`.
-    classes: list[Tensor]
-    scores: list[Tensor]
-    changes: list[Tensor]
-    num_targets: Tensor
 
     def __init__(
         self, measures: Sequence[str] = tuple(MIN_OVERLAP), height_scale: float = 1.0, **kwargs: Any
     ) -> None:
-        super().__init__(**kwargs)
         if not measures or len(set(measures)) < len(measures) or not set(measures) <= set(MIN_OVERLAP):
             raise ValueError(f"measures must be one or more of {tuple(MIN_OVERLAP)}, got {measures}.")
         if not height_scale > 0:
             raise ValueError(f"height_scale must be above 0, got {height_scale}.")
+        super().__init__(len(KITTI_CLASSES), len(DIFFICULTIES), **kwargs)
         self.measures = tuple(measures)
         self.height_scale = height_scale
-        for name in ("classes", "scores", "changes"):
-            self.add_state(name, [], dist_reduce_fx="cat")
-        zeros = torch.zeros(len(KITTI_CLASSES), len(DIFFICULTIES), dtype=torch.int64)
-        self.add_state("num_targets", zeros, dist_reduce_fx="sum")
-        self._add_no_rows()
-
-    def reset(self) -> None:
-        """Forget all frames."""
-        super().reset()
-        self._add_no_rows()
-
-    def _add_no_rows(self) -> None:
-        # A process that never sees a frame sends these: gathering needs equal types and dimensions.
-        self.classes.append(torch.zeros(0, dtype=torch.int64, device=self.device))
-        self.scores.append(torch.zeros(0, device=self.device))
-        shape = (0, len(self.measures), len(DIFFICULTIES), 3)
-        self.changes.append(torch.zeros(shape, dtype=torch.int32, device=self.device))
 
     def update(self, detections: KittiDetections, targets: KittiTargets) -> None:
         """Match the detections of whole frames.
@@ -121,8 +96,8 @@ class KittiAP(Metric):
             ValueError: A tensor has another shape than its side's others, a type is out of range, or
                 a score is not finite.
         """
-        _check("detections", detections)
-        _check("targets", targets)
+        _check_columns("detections", detections)
+        _check_columns("targets", targets)
         if not detections.scores.isfinite().all():
             raise ValueError("Scores of the detections must be finite, got NaN or infinity.")
         # On the CPU: float64 is not to be had everywhere, and the steps are many and small.
@@ -160,29 +135,24 @@ class KittiAP(Metric):
                 (share[columns] > limit[:, None]) & only_2d[:, None],
                 Flags(flags.targets[:, rows], flags.detections[:, columns]),
             )
-            self._add_rows(index, detections.scores[columns], changes)
-
-    def _add_rows(self, index: int, scores: Tensor, changes: Tensor) -> None:
-        kept = changes.flatten(1).any(dim=1)
-        self.classes.append(torch.full((int(kept.sum()),), index, device=self.device))
-        self.scores.append(scores[kept].to(self.device))
-        self.changes.append(changes[kept].to(self.device))
+            kept = changes.flatten(1).any(dim=1)
+            scores = detections.scores[columns][kept]
+            self._add_rows(scores, torch.full_like(scores, index), changes[kept])
 
     def compute(self) -> dict[str, Tensor]:
         """AP in [0, 1] by class, measure, number of recall points and difficulty.
 
         Keys are like `car_3d_r40_moderate` or `cyclist_bev_loose_r11_easy`. KITTI prints percent.
         """
-        order = dim_zero_cat(self.scores).cpu().argsort(descending=True, stable=True)
-        classes, scores, changes = (
-            dim_zero_cat(rows).cpu()[order] for rows in (self.classes, self.scores, self.changes)
-        )
+        shape = (len(self.measures), len(DIFFICULTIES), 3)
         values = {}
-        for index, (kind, counts) in enumerate(zip(KITTI_CLASSES, self.num_targets.tolist(), strict=True)):
-            rows = classes == index
+        for kind, rows, counts in zip(
+            KITTI_CLASSES, self._rows_by_class(2 + math.prod(shape)), self.num_targets.tolist(), strict=True
+        ):
+            changes = rows[:, 2:].reshape(-1, *shape)
             for column, measure in enumerate(self.measures):
                 for level, (difficulty, count) in enumerate(zip(DIFFICULTIES, counts, strict=True)):
-                    ap = average_precision(scores[rows], changes[rows, column, level], count)
+                    ap = recall_precision(rows[:, 0], changes[:, column, level], count)
                     for name, value in zip(("r11", "r40"), ap, strict=True):
                         key = f"{kind.lower()}_{measure}_{name}_{difficulty}"
                         values[key] = torch.tensor(value, device=self.device)
@@ -199,7 +169,7 @@ class KittiAP(Metric):
         }
 
 
-def _check(side: str, given: KittiDetections | KittiTargets) -> None:
+def _check_columns(side: str, given: KittiDetections | KittiTargets) -> None:
     columns = {"boxes": (7,), "boxes2d": (4,)}
     for name, tensor in given._asdict().items():
         expected = (len(given.types), *columns.get(name, ()))

@@ -11,19 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from altermoma_pl.metrics.rotated_iou import rotated_iou_3d, rotated_iou_bev
+from altermoma_pl.metrics.rotated_iou import over_union, rotated_iou_3d, rotated_iou_bev
 
 KITTI_TYPES = (
-    "Car",
-    "Pedestrian",
-    "Cyclist",
-    "Van",
-    "Truck",
-    "Person_sitting",
-    "Tram",
-    "Misc",
-    "DontCare",
-)
+    "Car", "Pedestrian", "Cyclist", "Van", "Truck", "Person_sitting", "Tram", "Misc", "DontCare",
+)  # fmt: skip
 KITTI_CLASSES = KITTI_TYPES[:3]
 NEIGHBOURS = {"Car": "Van", "Pedestrian": "Person_sitting"}
 DONT_CARE = KITTI_TYPES.index("DontCare")
@@ -78,12 +70,7 @@ def kitti_types(names: Iterable[str]) -> Tensor:
 
 
 def target_flags(targets: KittiTargets, kind: str, height_scale: float = 1.0) -> Tensor:
-    """Whether each object is to be found, may be found, or plays no part.
-
-    Args:
-        targets: M objects.
-        kind: One of `KITTI_CLASSES`.
-        height_scale: Factor on the minimum heights.
+    """Whether each of M objects is to be found, may be found, or plays no part for a class.
 
     Returns:
         (3, M), per difficulty: VALID for objects of the class that pass its filters; IGNORED for
@@ -120,7 +107,9 @@ def overlaps(measures: Sequence[str], targets: KittiTargets, detections: KittiDe
     values = {}
     for name in {measure.removesuffix("_loose") for measure in measures}:
         if name == "2d":
-            values[name] = _iou_2d(targets.boxes2d, detections.boxes2d)
+            common = _intersection_2d(targets.boxes2d, detections.boxes2d)
+            areas = _area_2d(targets.boxes2d)[:, None], _area_2d(detections.boxes2d)
+            values[name] = over_union(common, *areas)
         elif name == "bev":
             values[name] = rotated_iou_bev(a[..., ground], b[..., ground])
         else:
@@ -142,12 +131,6 @@ def _intersection_2d(a: Tensor, b: Tensor) -> Tensor:
 
 def _area_2d(boxes: Tensor) -> Tensor:
     return (boxes[:, 2:].double() - boxes[:, :2].double()).prod(dim=-1)
-
-
-def _iou_2d(a: Tensor, b: Tensor) -> Tensor:
-    common = _intersection_2d(a, b)
-    union = _area_2d(a)[:, None] + _area_2d(b) - common
-    return common / union.where(union > 0, 1.0)
 
 
 def dont_care_share(targets: KittiTargets, detections: KittiDetections) -> Tensor:
@@ -179,7 +162,7 @@ def match_frame(close: Tensor, overlap: Tensor, scores: Tensor, covered: Tensor,
         flags: Of the class.
 
     Returns:
-        (P, L, 3, 3) int32, per measure and difficulty: change of the true positives and of the false
+        (P, L, 3, 3), per measure and difficulty: change of the true positives and of the false
         positives, and 1 if the detection is a true positive when all are kept and the most certain
         match wins, which decides on the thresholds.
     """
@@ -201,18 +184,13 @@ def match_frame(close: Tensor, overlap: Tensor, scores: Tensor, covered: Tensor,
     order = scores.argsort(descending=True, stable=True)
     changes = torch.empty_like(counts)
     changes[:, :, order] = counts[:, :, order].diff(dim=2, prepend=torch.zeros_like(counts[:, :, :1]))
-    return torch.cat([changes, found[..., None]], dim=-1).permute(2, 0, 1, 3).int()
+    return torch.cat([changes, found[..., None]], dim=-1).permute(2, 0, 1, 3)
 
 
 def _take(key: Tensor, possible: Tensor) -> Tensor:
-    """Let objects in turn take the possible detection of the largest key, of equals the first.
+    """Which detection each object takes, (..., M, P) as both arguments; none is taken twice.
 
-    Args:
-        key: (..., M, P).
-        possible: (..., M, P) bool.
-
-    Returns:
-        (..., M, P) bool: which detection each object takes; at most one each, none twice.
+    Objects choose in turn: the possible detection of the largest key, of equals the first.
     """
     taken = torch.zeros_like(possible)
     free = torch.ones_like(possible.any(dim=-2))
@@ -227,14 +205,8 @@ def _take(key: Tensor, possible: Tensor) -> Tensor:
 def threshold_ranks(num_found: int, num_targets: int) -> list[int]:
     """Which of the true positives' scores, by descending score, become thresholds.
 
-    Each is the score whose recall is closest to the next step of 1 / 40.
-
-    Args:
-        num_found: Number of scores.
-        num_targets: Number of valid objects.
-
-    Returns:
-        At most 41 positions, ascending. The last score is always among them.
+    Each is the score whose recall is closest to the next step of 1 / 40. There are at most 41, and
+    the last score is always among them.
     """
     kept, recall = [], 0.0
     for rank in range(num_found):
@@ -246,8 +218,8 @@ def threshold_ranks(num_found: int, num_targets: int) -> list[int]:
     return kept
 
 
-def average_precision(scores: Tensor, changes: Tensor, num_targets: int) -> tuple[float, float]:
-    """Average precision of one class, measure and difficulty.
+def recall_precision(scores: Tensor, changes: Tensor, num_targets: int) -> tuple[float, float]:
+    """Average precision of one class, measure and difficulty, at 11 and at 40 recall points.
 
     The precision at the i-th threshold stands for the recall i / 40, whatever the recall there is.
     With less than 41 valid objects even a perfect detector does not reach 1.
@@ -256,15 +228,12 @@ def average_precision(scores: Tensor, changes: Tensor, num_targets: int) -> tupl
         scores: (E,), descending.
         changes: (E, 3), as `match_frame` gives them.
         num_targets: Number of valid objects.
-
-    Returns:
-        AP at 11 and at 40 recall points, in [0, 1].
     """
     steps = torch.zeros(RECALL_STEPS + 1, dtype=torch.float64)
     found = scores[changes[:, 2] > 0]
     thresholds = found[threshold_ranks(len(found), num_targets)]
     last = torch.searchsorted(-scores, -thresholds, right=True) - 1
-    tp, fp = changes[:, :2].cumsum(dim=0)[last].double().unbind(dim=1)
+    tp, fp = changes[:, :2].double().cumsum(dim=0)[last].unbind(dim=1)
     steps[: len(thresholds)] = tp / (tp + fp).clamp(min=1)
     envelope = steps.flip(0).cummax(dim=0).values.flip(0)
     return envelope[::4].mean().item(), envelope[1:].mean().item()

@@ -7,18 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
-from altermoma_pl.metrics.matching import (
-    average_precision,
-    by_score,
-    centre_distance,
-    check_side,
-    flat_rows,
-    greedy_match,
-    read_rows,
-)
-from altermoma_pl.metrics.true_positives import ERRORS, UNKNOWN, Boxes, box_errors, mean_errors
+from altermoma_pl.metrics.matching import Boxes, checked_boxes, checked_distances, match, mean_precision
+from altermoma_pl.metrics.rows import RowMetric
+from altermoma_pl.metrics.true_positives import ERRORS, box_errors, mean_errors
 
 
 @dataclass(frozen=True)
@@ -63,7 +55,7 @@ NUSCENES_CLASSES = (
 )
 
 
-class NuScenesDetection(Metric):
+class NuScenesDetection(RowMetric):
     """MAP, true-positive errors and NDS by the rules of the nuScenes detection task.
 
     AP is that of `CentreDistanceAP`. Errors are those of the true positives at `error_distance`:
@@ -113,12 +105,6 @@ class NuScenesDetection(Metric):
         {'nds_3': 0.725, 'map': 0.75, 'ate': 0.7, 'ase': 0.0, 'aoe': 0.2}
     """
 
-    is_differentiable = False
-    full_state_update = False
-
-    rows: list[Tensor]  # score, class, 1 or 0 per distance where it is a true positive, five errors
-    num_targets: Tensor
-
     def __init__(
         self,
         classes: Sequence[DetectionClass] = NUSCENES_CLASSES,
@@ -129,27 +115,23 @@ class NuScenesDetection(Metric):
         max_predictions: int = 500,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
         names = [entry.name for entry in classes]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"classes must be one or more with different names, got {names}.")
-        if not distances or min(distances) <= 0:
-            raise ValueError(f"distances must be one or more positive numbers, got {distances}.")
+        distances = checked_distances(distances)
         if error_distance not in distances:
             raise ValueError(
                 f"error_distance must be one of the distances {distances}, got {error_distance}."
             )
         if max_predictions < 1:
             raise ValueError(f"max_predictions must be at least 1, got {max_predictions}.")
+        super().__init__(len(names), **kwargs)
         self.classes = tuple(classes)
         self.velocity, self.attributes = velocity, attributes
-        self.distances, self.error_distance = tuple(distances), error_distance
+        self.distances, self.error_distance = distances, error_distance
         self.max_predictions = max_predictions
         known = {"ave": velocity, "aae": attributes}
         self.errors = tuple(name for name in ERRORS if known.get(name, True))
-        self.add_state("rows", [], dist_reduce_fx="cat")
-        zeros = torch.zeros(len(classes), dtype=torch.int64)
-        self.add_state("num_targets", zeros, dist_reduce_fx="sum")
 
     def update(
         self,
@@ -189,17 +171,15 @@ class NuScenesDetection(Metric):
                 metric's `attributes`.
         """
         self._check_attributes(attributes, target_attributes)
-        found = self._boxes("predictions", boxes, classes, frames, attributes, (scores,))
-        points = () if target_points is None else (target_points,)
+        found = self._boxes("predictions", boxes, classes, frames, scores, attributes)
         targets = self._boxes(
-            "targets", target_boxes, target_classes, target_frames, target_attributes, points
+            "targets", target_boxes, target_classes, target_frames, target_points, target_attributes
         )
         self._check_number(frames)
-        counts = self._in_range(targets)
+        counts, kept = self._in_range(targets), self._in_range(found)
         if target_points is not None:
             counts &= target_points != 0
-        targets, kept = targets.take(counts), self._in_range(found)
-        self._match(found.take(kept), scores[kept], targets)
+        self._match(found.take(kept), scores[kept], targets.take(counts))
 
     def compute(self) -> dict[str, Tensor]:
         """Means over the classes, over all processes.
@@ -223,35 +203,29 @@ class NuScenesDetection(Metric):
             return self._table()
 
     def _table(self) -> dict[str, Tensor]:
-        num_distances = len(self.distances)
-        rows = read_rows(self.rows, 2 + num_distances + len(ERRORS))
-        rows = rows[by_score(rows[:, 0])]
+        widths = [2, len(self.distances), len(ERRORS)]
         table = []
-        for c, num in enumerate(self.num_targets.tolist()):
-            columns = rows[rows[:, 1] == c].T
-            scores, matched, errors = columns[0], columns[2 : 2 + num_distances], columns[-len(ERRORS) :].T
-            precision = torch.stack([average_precision(hits, num) for hits in matched]).mean()
-            at = matched[self.distances.index(self.error_distance)].bool()
-            means = mean_errors(at, scores, errors, num).masked_fill(~self._applicable(c), torch.nan)
-            table.append(torch.cat([precision[None], means.float()]))
-        values = torch.stack(table, dim=1).to(self.num_targets.device)  # (1 + 5, C)
-        named = dict(zip(("ap", *ERRORS), values, strict=True))
+        for rows, entry, num in zip(
+            self._rows_by_class(sum(widths)), self.classes, self.num_targets.tolist(), strict=True
+        ):
+            first, matched, errors = torch.split(rows, widths, dim=1)
+            at = matched[:, self.distances.index(self.error_distance)].bool()
+            means = mean_errors(at, first[:, 0], errors, num).float()
+            applies = torch.tensor([True, True, entry.yaw_period is not None, entry.moves, entry.moves])
+            table.append([mean_precision(matched, num), *means.where(applies, torch.nan)])
+        columns = (torch.stack(values).to(self.device) for values in zip(*table, strict=True))
+        named = dict(zip(("ap", *ERRORS), columns, strict=True))
         return {name: named[name] for name in ("ap", *self.errors)}
-
-    def _applicable(self, index: int) -> Tensor:
-        entry = self.classes[index]
-        return torch.tensor([True, True, entry.yaw_period is not None, entry.moves, entry.moves])
 
     def _match(self, found: Boxes, scores: Tensor, targets: Boxes) -> None:
         scores = scores.detach().float()  # as they are stored: ties must be the same in both places
-        distance = centre_distance(*found[:3], *targets[:3])
-        taken = greedy_match(distance, scores, self.distances)
+        taken = match(found, scores, targets, self.distances)
         periods = scores.new_tensor([entry.yaw_period or 2 * math.pi for entry in self.classes])
         pair = taken[:, self.distances.index(self.error_distance)]
         hit = pair >= 0
         errors = scores.new_full((len(scores), len(ERRORS)), torch.nan)
         errors[hit] = box_errors(found.take(hit), targets.take(pair[hit]), periods[found.classes[hit]])
-        self.rows.append(flat_rows(scores, found.classes, taken >= 0, errors))
+        self._add_rows(scores, found.classes, taken >= 0, errors)
         self.num_targets += torch.bincount(targets.classes, minlength=len(self.classes))
 
     def _in_range(self, side: Boxes) -> Tensor:
@@ -264,19 +238,18 @@ class NuScenesDetection(Metric):
         boxes: Tensor,
         classes: Tensor,
         frames: Tensor,
+        other: Tensor | None,
         attributes: Tensor | None,
-        others: tuple[Tensor, ...],
     ) -> Boxes:
-        if attributes is None:
-            attributes = torch.full_like(classes, UNKNOWN)
-        others = (frames, attributes, *others)
-        width = 9 if self.velocity else 7
-        check_side(side, "boxes", boxes, width, classes, others, len(self.classes))
+        width, num = 9 if self.velocity else 7, len(self.classes)
+        checked = checked_boxes(
+            side, "boxes", width, num, boxes, classes, frames, other, attributes=attributes
+        )
         if not (boxes[:, :7].isfinite().all() and (boxes[:, 3:6] > 0).all()):
             raise ValueError(
                 f"Boxes of the {side} must be finite with positive sizes (columns 3 to 5), got {boxes}."
             )
-        return Boxes(boxes[:, :width].detach().float(), classes, frames, attributes)
+        return checked
 
     def _check_number(self, frames: Tensor) -> None:
         ordered, most = frames.sort().values, self.max_predictions

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 # Pairs that are clipped together: about 100 MB of intermediate float64.
-_CHUNK = 1 << 16
+_MAX_PAIRS = 1 << 16
 
 
 def rotated_iou_bev(a: Tensor, b: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ def rotated_iou_bev(a: Tensor, b: Tensor) -> Tensor:
         ValueError: The last dimension is not 5.
     """
     common = rotated_intersection(a, b)
-    return _over_union(common, _product(a[..., 2:4]), _product(b[..., 2:4]))
+    return over_union(common, _product(a[..., 2:4]), _product(b[..., 2:4]))
 
 
 def rotated_iou_3d(a: Tensor, b: Tensor) -> Tensor:
@@ -42,37 +42,26 @@ def rotated_iou_3d(a: Tensor, b: Tensor) -> Tensor:
     Raises:
         ValueError: The last dimension is not 7.
     """
-    _check(a, b, 7)
+    _check_boxes(a, b, 7)
     a, b = a.double(), b.double()
     half_a, half_b = a[..., 5].clamp(min=0) / 2, b[..., 5].clamp(min=0) / 2
     top = torch.minimum(a[..., 2] + half_a, b[..., 2] + half_b)
     bottom = torch.maximum(a[..., 2] - half_a, b[..., 2] - half_b)
     ground = [0, 1, 3, 4, 6]
     common = rotated_intersection(a[..., ground], b[..., ground]) * (top - bottom).clamp(min=0)
-    return _over_union(common, _product(a[..., 3:6]), _product(b[..., 3:6]))
+    return over_union(common, _product(a[..., 3:6]), _product(b[..., 3:6]))
 
 
 def rotated_intersection(a: Tensor, b: Tensor) -> Tensor:
-    """Common area of rotated rectangles. Shapes broadcast as in `rotated_iou_bev`.
-
-    Args:
-        a: (..., 5), as in `rotated_iou_bev`.
-        b: (..., 5), as `a`.
-
-    Returns:
-        (...) float64, in the unit of the sides squared.
-
-    Raises:
-        ValueError: The last dimension is not 5.
-    """
-    _check(a, b, 5)
+    """Common area of rotated rectangles, (...) float64; arguments are those of `rotated_iou_bev`."""
+    _check_boxes(a, b, 5)
     shape = (a[..., 0] + b[..., 0]).shape
     a, b = (boxes.double().expand(*shape, 5).reshape(-1, 5) for boxes in (a, b))
     area = a.new_zeros(len(a))
     # Few pairs of a matrix are near enough to touch; only those are clipped.
     reach = (a[:, 2:4].norm(dim=1) + b[:, 2:4].norm(dim=1)) / 2
     near = ((a[:, :2] - b[:, :2]).norm(dim=1) <= reach).nonzero().squeeze(1)
-    for some in near.split(_CHUNK):
+    for some in near.split(_MAX_PAIRS):
         area[some] = _clipped_area(a[some], b[some])
     return area.reshape(shape)
 
@@ -118,12 +107,13 @@ def _product(sides: Tensor) -> Tensor:
     return sides.double().clamp(min=0).prod(dim=-1)
 
 
-def _over_union(common: Tensor, size_a: Tensor, size_b: Tensor) -> Tensor:
+def over_union(common: Tensor, size_a: Tensor, size_b: Tensor) -> Tensor:
+    """Intersection over union, 0 where the union is empty."""
     union = size_a + size_b - common
     return (common / union.where(union > 0, 1.0)).clamp(0, 1)
 
 
-def _check(a: Tensor, b: Tensor, columns: int) -> None:
+def _check_boxes(a: Tensor, b: Tensor, columns: int) -> None:
     for boxes in (a, b):
         if boxes.ndim == 0 or boxes.shape[-1] != columns:
             raise ValueError(f"Boxes must be (..., {columns}), got {tuple(a.shape)} and {tuple(b.shape)}.")

@@ -105,7 +105,7 @@ def test_no_boxes():
 def test_chunks_change_nothing(monkeypatch):
     a, b = map(torch.tensor, random_pairs(50))
     at_once = rotated_iou_bev(a, b)
-    monkeypatch.setattr(module, "_CHUNK", 7)
+    monkeypatch.setattr(module, "_MAX_PAIRS", 7)
     assert torch.equal(rotated_iou_bev(a, b), at_once)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from altermoma_pl.callback import AlterMOMACallback
 from altermoma_pl.callback.checkpoints import load_checkpoint, pruning_states_of
 from altermoma_pl.export.costs import CostReport, measure, time_onnx
-from altermoma_pl.export.costs.measuring import quartiles
+from altermoma_pl.export.costs.timing import quartiles
 from altermoma_pl.export.files import check_onnx, to_onnx, to_torch_export
 from altermoma_pl.export.run import Run
 from altermoma_pl.export.tensors import example_tensors

@@ -2,8 +2,7 @@
 
 from altermoma_pl.export.costs.measuring import measure
 from altermoma_pl.export.costs.memory import peak_memory
-from altermoma_pl.export.costs.onnx import time_onnx
-from altermoma_pl.export.costs.quantities import Costs, Latency
-from altermoma_pl.export.costs.report import CostReport
+from altermoma_pl.export.costs.report import CostReport, Costs, Latency
+from altermoma_pl.export.costs.timing import time_onnx
 
 __all__ = ["CostReport", "Costs", "Latency", "measure", "peak_memory", "time_onnx"]

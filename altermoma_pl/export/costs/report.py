@@ -4,14 +4,99 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from altermoma_pl.export.costs.quantities import Costs, Latency, check_counts
 from altermoma_pl.report.tables import Table, to_csv, to_json
 
 _DASH = "-"
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds of a forward pass.
+
+    Args:
+        batch: Samples in the batch.
+        median: Over the repeats.
+        low: Lower quartile.
+        high: Upper quartile.
+        repeats: How many runs were timed.
+        warm_up: How many went before.
+        threads: Of torch on the CPU.
+        device: Where the model was.
+    """
+
+    batch: int
+    median: float
+    low: float
+    high: float
+    repeats: int
+    warm_up: int
+    threads: int
+    device: str
+
+    def __str__(self) -> str:
+        low, median, high = (f"{1e3 * seconds:.3f}" for seconds in (self.low, self.median, self.high))
+        return f"{median} ms [{low}, {high}]"
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What one model costs, and what it is worth.
+
+    Args:
+        num_parameters: Elements of all parameters.
+        num_nonzero: How many of them are not zero.
+        flops: Of one forward pass, two for each multiply-add; None if they cannot be counted.
+        uncounted: What did work that is not in `flops`, as `Flops.uncounted`.
+        peak_memory: Most bytes alive at once beyond weights and inputs, as `costs.peak_memory`; None if
+            it cannot be measured.
+        latency: One entry for each batch size.
+        file_bytes: Of the `state_dict` as torch.save writes it.
+        compressed_bytes: Of that file after gzip, level 6.
+        metrics: Name -> value, given by the caller.
+    """
+
+    num_parameters: int
+    num_nonzero: int
+    flops: int | None
+    uncounted: tuple[str, ...]
+    peak_memory: int | None
+    latency: tuple[Latency, ...]
+    file_bytes: int
+    compressed_bytes: int
+    metrics: Mapping[str, float]
+
+    def values(self) -> dict[str, float | None]:
+        """Every number by its name, as "flops", "latency.1.median", "metrics.mIoU"; None if not finite."""
+        counts = ("num_parameters", "num_nonzero", "flops", "peak_memory", "file_bytes", "compressed_bytes")
+        return {
+            **{name: getattr(self, name) for name in counts},
+            **{
+                f"latency.{own.batch}.{quartile}": getattr(own, quartile)
+                for own in self.latency
+                for quartile in ("median", "low", "high")
+            },
+            **{f"metrics.{n}": value if math.isfinite(value) else None for n, value in self.metrics.items()},
+        }
+
+    def lines(self) -> dict[str, tuple[float | None, str]]:
+        """Label in the table, with "metrics." before those of metrics, -> number and text."""
+        return {
+            "parameters": (self.num_parameters, f"{self.num_parameters:,}"),
+            "not zero": (self.num_nonzero, f"{self.num_nonzero:,}"),
+            "FLOPs": (self.flops, _scaled(self.flops)),
+            "peak memory": (self.peak_memory, _scaled(self.peak_memory, "B")),
+            **{f"latency, batch {own.batch}": (own.median, str(own)) for own in self.latency},
+            "file": (self.file_bytes, _scaled(self.file_bytes, "B")),
+            "file, compressed": (self.compressed_bytes, _scaled(self.compressed_bytes, "B")),
+            **{
+                f"metrics.{name}": (value, f"{value:.4g}" if math.isfinite(value) else _DASH)
+                for name, value in self.metrics.items()
+            },
+        }
 
 
 @dataclass(frozen=True)
@@ -29,7 +114,6 @@ class CostReport:
     def __post_init__(self) -> None:
         if not self.costs:
             raise ValueError("a cost report needs at least one model")
-        check_counts(self, batch=1)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -53,21 +137,15 @@ class CostReport:
             "Compressed: gzip, level 6, of the state_dict as torch.save writes it.",
         )
 
-    @property
-    def records(self) -> list[dict[str, Any]]:
-        """Of each model: its name, and every number; None where it could not be measured."""
-        return [{"model": name, **costs.values()} for name, costs in self.costs.items()]
-
     def table(self, title: str = "Costs") -> Table:
         """A row for each quantity, a column for each model and its ratio to the first, and the notes."""
         first, *others = self.costs
-        values = {name: costs.values() for name, costs in self.costs.items()}
+        lines = {name: costs.lines() for name, costs in self.costs.items()}
         rows = []
-        for key, label in self._rows().items():
-            row = [label, _shown(key, values[first])]
-            for name in others:
-                row += [_shown(key, values[name]), _ratio(values[name].get(key), values[first].get(key))]
-            rows.append(tuple(row))
+        for key in dict.fromkeys(key for own in lines.values() for key in own):
+            reference, *rest = (lines[name].get(key, (None, _DASH)) for name in (first, *others))
+            ratios = (cell for value, text in rest for cell in (text, _ratio(value, reference[0])))
+            rows.append((key.removeprefix("metrics."), reference[1], *ratios))
         header = ("", first, *(column for name in others for column in (name, f"/ {first}")))
         return Table(title, header, tuple(rows), caption="\n".join(self.notes))
 
@@ -80,8 +158,8 @@ class CostReport:
         return to_json(asdict(self))
 
     def to_csv(self) -> str:
-        """One line for each of the records."""
-        return to_csv(self.records)
+        """One line for each model: its name, and every number; empty where it could not be measured."""
+        return to_csv([{"model": name, **costs.values()} for name, costs in self.costs.items()])
 
     @classmethod
     def from_json(cls, text: str) -> CostReport:
@@ -92,41 +170,24 @@ class CostReport:
         """
         try:
             content = json.loads(text)
-            report = cls(content["batch"], {name: _costs(own) for name, own in content["costs"].items()})
+            return cls(content["batch"], {name: _costs_from(own) for name, own in content["costs"].items()})
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"this is no cost report, as CostReport.to_json writes it: {type(error).__name__}: {error}"
             ) from error
-        return report
-
-    def _rows(self) -> dict[str, str]:
-        """Key in `Costs.values` -> label, of every line of the table."""
-        rows = {
-            "num_parameters": "parameters",
-            "num_nonzero": "not zero",
-            "flops": "FLOPs",
-            "peak_memory": "peak memory",
-        }
-        for costs in self.costs.values():
-            rows |= {f"latency.{own.batch}.median": f"latency, batch {own.batch}" for own in costs.latency}
-        rows |= {"file_bytes": "file", "compressed_bytes": "file, compressed"}
-        for costs in self.costs.values():
-            rows |= {f"metrics.{name}": name for name in costs.metrics}
-        return rows
 
 
-def _shown(key: str, values: Mapping[str, float | None]) -> str:
-    value = values.get(key)
+def _costs_from(content: dict[str, Any]) -> Costs:
+    latency = tuple(Latency(**own) for own in content["latency"])
+    metrics = {name: math.nan if value is None else value for name, value in content["metrics"].items()}
+    given = {"latency": latency, "metrics": metrics, "uncounted": tuple(content["uncounted"])}
+    return Costs(**(content | given))
+
+
+def _scaled(value: float | None, unit: str = "") -> str:
+    """Four digits with a prefix, such as 7.172 M."""
     if value is None:
         return _DASH
-    if key.startswith("latency."):
-        stem = key.removesuffix("median")
-        low, high = (1e3 * (values[stem + end] or 0.0) for end in ("low", "high"))
-        return f"{1e3 * value:.3f} ms [{low:.3f}, {high:.3f}]"
-    return _FORMATS.get(key, "{:.4g}".format)(value)
-
-
-def _scaled(value: float, unit: str = "") -> str:
     for prefix in ("", "k", "M", "G", "T"):
         if value < 999.5 or prefix == "T":
             break
@@ -134,30 +195,7 @@ def _scaled(value: float, unit: str = "") -> str:
     return f"{value:.4g} {prefix}{unit}".rstrip()
 
 
-def _bytes(value: float) -> str:
-    return _scaled(value, "B")
-
-
-_FORMATS: Mapping[str, Callable[[float], str]] = {
-    "num_parameters": "{:,}".format,
-    "num_nonzero": "{:,}".format,
-    "flops": _scaled,
-    "peak_memory": _bytes,
-    "file_bytes": _bytes,
-    "compressed_bytes": _bytes,
-}
-
-
 def _ratio(value: float | None, reference: float | None) -> str:
     if value is None or not reference or not math.isfinite(value / reference):
         return _DASH
     return f"{value / reference:.3f}"
-
-
-def _costs(content: Mapping[str, Any]) -> Costs:
-    latency = tuple(Latency(**own) for own in content["latency"])
-    metrics = {name: math.nan if value is None else value for name, value in content["metrics"].items()}
-    if not isinstance(content["uncounted"], list):
-        raise TypeError(f"uncounted must be a list, got {content['uncounted']!r}")
-    given = {"latency": latency, "metrics": metrics, "uncounted": tuple(content["uncounted"])}
-    return Costs(**{**content, **given})

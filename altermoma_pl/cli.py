@@ -130,7 +130,7 @@ def report(
     states = pruning_states_of(saved, checkpoint)
     reports = {name: state.report() for name, state in states.items()}
     for name, state in states.items() if figures else ():
-        drawn = drawing.draw(reports[name], state.events, state.components, state.masks)
+        drawn = drawing.draw_pruning(reports[name], state.events, state.components, state.masks)
         drawing.save(drawn, Path(figures or "") / name)
     return _joined(reports, format)
 

@@ -88,7 +88,9 @@ def _draw(
     if state.masks is None or not (folder or loggers) or not figures.available():
         return
     # Each process has only some rows of what is sharded, and only this one draws.
-    drawn = figures.draw(report, state.events, None if state.masks.sharded else components, state.masks)
+    drawn = figures.draw_pruning(
+        report, state.events, None if state.masks.sharded else components, state.masks
+    )
     if folder is not None:
         figures.save(drawn, folder)
     for logger in loggers:

@@ -94,6 +94,5 @@ class SlimReport:
 
     def draw(self) -> dict[str, Figure]:
         """Name -> figure."""
-        before = {width.name: width.num_channels for width in self.widths}
-        after = {width.name: width.num_kept for width in self.widths}
-        return {"widths": figures.widths(before, after, {w.name: w.modality for w in self.widths})}
+        kept_of = {width.name: (width.num_kept, width.num_channels) for width in self.widths}
+        return {"widths": figures.widths(kept_of, {width.name: width.modality for width in self.widths})}

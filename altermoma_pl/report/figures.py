@@ -6,13 +6,15 @@ colour-blind readers can tell apart; markers differ as well.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from altermoma_pl.mask.masks import Masks
+from altermoma_pl.model.modality import SHARED
 from altermoma_pl.report.sparsity import SparsityReport
 from altermoma_pl.score import Components
 
@@ -27,14 +29,10 @@ _MAX_POINTS = 4000
 
 def available() -> bool:
     """Whether matplotlib is installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    return find_spec("matplotlib") is not None
 
 
-def draw(
+def draw_pruning(
     report: SparsityReport,
     events: Sequence[Mapping[str, Any]],
     components: Components | None,
@@ -45,7 +43,9 @@ def draw(
     if events:
         drawn["sparsity_over_epochs"] = sparsity_over_epochs(events)
     if events and "widths" in events[-1]:
-        drawn["widths"] = _widths_after(events[-1]["widths"], report)
+        # Groups of channels are called as the first layer that puts them out.
+        modalities = {layer.name.removesuffix(".weight"): layer.group for layer in report.layers}
+        drawn["widths"] = widths(events[-1]["widths"], modalities)
     # Components of channels have no weights to be drawn with.
     if components is not None and masks is not None and components.deci.keys() == masks.keys():
         drawn["importance_against_redundancy"] = importance_against_redundancy(components, masks)
@@ -61,80 +61,45 @@ def save(drawn: Mapping[str, Figure], folder: Path) -> None:
 
 def kept_per_layer(report: SparsityReport) -> Figure:
     """Horizontal bars: the share of each layer that stays, coloured by modality."""
-    from matplotlib.patches import Patch
-
     colours = _colours(report.groups)
-    figure, axes = new_axes(width=8, height=max(2.5, 0.22 * len(report.rows) + 1.2))
+    figure, axes = _bar_axes(
+        len(report.rows),
+        {f"{group}: {total.kept:.3f}": colours[group] for group, total in report.groups.items()},
+    )
     axes.barh(
         [layer.name.removesuffix(".weight") for layer in report.rows],
         [layer.kept for layer in report.rows],
         color=[colours[layer.group] for layer in report.rows],
     )
     axes.axvline(1 - report.sparsity, color="black", linewidth=0.8, linestyle="--")
-    axes.invert_yaxis()
-    axes.tick_params(axis="y", labelsize=7)
     axes.set_xlim(0, 1)
     axes.set_xlabel(f"share of weights kept (dashed: whole model, {1 - report.sparsity:.3f})")
-    handles = [
-        Patch(color=colours[name], label=f"{name}: {total.kept:.3f}") for name, total in report.groups.items()
-    ]
-    axes.margins(y=0.01)
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=8)
     return figure
 
 
-def widths(before: Mapping[str, int], after: Mapping[str, int], group_of: Mapping[str, str]) -> Figure:
+def widths(kept_of: Mapping[str, Sequence[int]], modality_of: Mapping[str, str]) -> Figure:
     """Horizontal bars: output channels of each layer before (light) and after (solid) slimming.
 
     Args:
-        before: Layer name -> output channels, in the order of the figure.
-        after: The same layers, slimmed.
-        group_of: Layer name -> modality, which gives the colour.
-
-    Raises:
-        ValueError: If the three do not name the same layers, or there is none.
+        kept_of: Layer -> how many channels it keeps of how many, in the order of the figure.
+        modality_of: Layer -> modality, which gives the colour; the others are shared.
     """
-    if not before or not before.keys() == after.keys() == group_of.keys():
-        odd = sorted((before.keys() ^ after.keys()) | (before.keys() ^ group_of.keys()))
-        raise ValueError(
-            f"before, after and group_of must name the same layers, at least one; these differ: {odd}"
-        )
-    from matplotlib.patches import Patch
-
-    colours = _colours(dict.fromkeys(group_of[name] for name in before))
-    figure, axes = new_axes(width=8, height=max(2.5, 0.22 * len(before) + 1.2))
-    own = [colours[group_of[name]] for name in before]
-    axes.barh(list(before), list(before.values()), color=own, alpha=0.3)
-    axes.barh(list(before), [after[name] for name in before], color=own)
-    for row, (name, width) in enumerate(before.items()):
-        axes.annotate(
-            f"{after[name]} of {width}",
-            (width, row),
-            xytext=(3, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=6,
-        )
-    axes.invert_yaxis()
-    axes.tick_params(axis="y", labelsize=7)
-    axes.set_xlim(0, 1.1 * max(before.values()))  # room for the numbers
+    modalities = {name: modality_of.get(name, SHARED) for name in kept_of}
+    colours = _colours(modalities.values())
+    legend = {}
+    for modality, colour in colours.items():
+        of_modality = [counts for name, counts in kept_of.items() if modalities[name] == modality]
+        left, total = map(sum, zip(*of_modality, strict=True))
+        legend[f"{modality}: {left:,} of {total:,}"] = colour
+    figure, axes = _bar_axes(len(kept_of), legend)
+    after, before = zip(*kept_of.values(), strict=True)
+    own = [colours[modality] for modality in modalities.values()]
+    light = axes.barh(list(kept_of), before, color=own, alpha=0.3)
+    axes.barh(list(kept_of), after, color=own)
+    axes.bar_label(light, [f"{kept} of {total}" for kept, total in kept_of.values()], padding=3, fontsize=6)
+    axes.set_xlim(0, 1.1 * max(before))  # room for the numbers
     axes.set_xlabel("output channels (light: before, solid: after)")
-    axes.margins(y=0.01)
-    handles = []
-    for group, colour in colours.items():
-        names = [name for name in before if group_of[name] == group]
-        total, left = sum(before[name] for name in names), sum(after[name] for name in names)
-        handles.append(Patch(color=colour, label=f"{group}: {left:,} of {total:,}"))
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=8)
     return figure
-
-
-def _widths_after(kept_of: Mapping[str, Sequence[int]], report: SparsityReport) -> Figure:
-    """Of groups of channels, which are called as the first layer that puts them out."""
-    groups = {layer.name.removesuffix(".weight"): layer.group for layer in report.layers}
-    before = {name: total for name, (_, total) in kept_of.items()}
-    after = {name: kept for name, (kept, _) in kept_of.items()}
-    return widths(before, after, {name: groups.get(name, "shared") for name in before})
 
 
 def importance_against_redundancy(components: Components, masks: Masks) -> Figure:
@@ -150,19 +115,11 @@ def importance_against_redundancy(components: Components, masks: Masks) -> Figur
         kept = torch.cat([masks[n].flatten().cpu() for n in names])
         visible = ((deci > 0) & (reri > 0)).nonzero().squeeze(1)
         sample = visible[torch.randperm(len(visible), generator=generator)[: _MAX_POINTS // len(groups)]]
-        for flag, face in ((False, "none"), (True, colours[group])):
+        style = {"s": 8, "marker": marker, "edgecolors": colours[group], "linewidths": 0.5, "alpha": 0.6}
+        for flag, face, what in ((False, "none", "pruned"), (True, colours[group], "kept")):
             part = sample[kept[sample] == flag]
-            axes.scatter(
-                deci[part].numpy(),
-                reri[part].numpy(),
-                s=8,
-                marker=marker,
-                facecolors=face,
-                edgecolors=colours[group],
-                linewidths=0.5,
-                alpha=0.6,
-                label=f"{group}, {'kept' if flag else 'pruned'}",
-            )
+            points = deci[part].numpy(), reri[part].numpy()
+            axes.scatter(*points, facecolors=face, label=f"{group}, {what}", **style)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("DeCI: contribution with all modalities active")
@@ -179,9 +136,8 @@ def sparsity_over_epochs(events: Sequence[Mapping[str, Any]]) -> Figure:
     """
     figure, axes = new_axes(width=6.5, height=4)
     epochs = [event["epoch"] for event in events]
-    axes.step(
-        epochs, [1 - event["sparsity"] for event in events], "k--", where="post", marker=".", label="model"
-    )
+    of_model = [1 - event["sparsity"] for event in events]
+    axes.step(epochs, of_model, "k--", where="post", marker=".", label="model")
     colours = _colours(events[-1]["kept"])
     for (group, colour), marker in zip(colours.items(), MARKERS * len(colours), strict=False):
         shares = [event["kept"][group] for event in events]
@@ -207,10 +163,24 @@ def new_axes(width: float, height: float) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def _colours(groups: Any) -> dict[str, str]:
-    named = [group for group in groups if group != "shared"]
+def _bar_axes(num_bars: int, legend: Mapping[str, str]) -> tuple[Figure, Any]:
+    """A figure for horizontal bars, the first on top, and its axes; above them labels with their colours."""
+    from matplotlib.patches import Patch
+
+    figure, axes = new_axes(width=8, height=max(2.5, 0.22 * num_bars + 1.2))
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", labelsize=7)
+    axes.margins(y=0.01)
+    handles = [Patch(color=colour, label=label) for label, colour in legend.items()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=8)
+    return figure, axes
+
+
+def _colours(groups: Iterable[str]) -> dict[str, str]:
+    names = dict.fromkeys(groups)
+    named = [group for group in names if group != SHARED]
     colours = dict(zip(named, COLOURS * len(named), strict=False))
-    return {group: colours.get(group, SHARED_COLOUR) for group in groups}
+    return {group: colours.get(group, SHARED_COLOUR) for group in names}
 
 
 def _total_reri(components: Components, name: str) -> torch.Tensor:

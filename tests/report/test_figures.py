@@ -1,6 +1,5 @@
 """Figures: labels, legends, as many marks as there is data, a colour for each modality."""
 
-import re
 import sys
 from typing import Any
 
@@ -119,9 +118,12 @@ def test_a_large_model_is_sampled():
 
 
 def test_what_is_drawn_depends_on_what_there_is():
-    assert list(figures.draw(REPORT, [], None, None)) == ["kept_per_layer"]
-    assert list(figures.draw(REPORT, EVENTS, None, MASKS)) == ["kept_per_layer", "sparsity_over_epochs"]
-    assert list(figures.draw(REPORT, EVENTS, components(), MASKS)) == [
+    assert list(figures.draw_pruning(REPORT, [], None, None)) == ["kept_per_layer"]
+    assert list(figures.draw_pruning(REPORT, EVENTS, None, MASKS)) == [
+        "kept_per_layer",
+        "sparsity_over_epochs",
+    ]
+    assert list(figures.draw_pruning(REPORT, EVENTS, components(), MASKS)) == [
         "kept_per_layer",
         "sparsity_over_epochs",
         "importance_against_redundancy",
@@ -129,7 +131,7 @@ def test_what_is_drawn_depends_on_what_there_is():
 
 
 def test_save_writes_images(tmp_path):
-    drawn = figures.draw(REPORT, EVENTS, components(), MASKS)
+    drawn = figures.draw_pruning(REPORT, EVENTS, components(), MASKS)
     figures.save(drawn, tmp_path / "new" / "folder")
     written = sorted((tmp_path / "new" / "folder").iterdir())
     assert [path.name for path in written] == [f"{name}.png" for name in sorted(drawn)]
@@ -144,6 +146,12 @@ def test_many_modalities_have_colours_of_their_own():
     assert len({tuple(bar.get_facecolor()) for bar in axes.patches}) == 8
 
 
+def test_more_modalities_than_colours_are_all_in_the_legend():
+    modality_of = {f"layer{i}": f"m{i}" for i in range(8)}
+    figure = figures.widths(dict.fromkeys(modality_of, (1, 2)), modality_of)
+    assert len(figure.legends[0].get_texts()) == 8
+
+
 def test_without_matplotlib_nothing_is_drawn(monkeypatch, tmp_path):
     from tests.helpers.lightning_models import Fusion, fit, pruner
 
@@ -156,15 +164,14 @@ def test_without_matplotlib_nothing_is_drawn(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-BEFORE = {"camera.a": 64, "lidar.a": 32, "head": 8, "camera.b": 128}
-OF_LAYER = {"camera.a": "camera", "lidar.a": "lidar", "head": "shared", "camera.b": "camera"}
+WIDTHS = {"camera.a": (16, 64), "lidar.a": (32, 32), "head": (8, 8), "camera.b": (32, 128)}
+OF_LAYER = {"camera.a": "camera", "lidar.a": "lidar", "camera.b": "camera"}
 
 
 def test_widths():
     from matplotlib.colors import to_hex
 
-    after = {"camera.b": 32, "camera.a": 16, "lidar.a": 32, "head": 8}
-    axes = labelled(figures.widths(BEFORE, after, OF_LAYER))
+    axes = labelled(figures.widths(WIDTHS, OF_LAYER))
     light, solid = axes.patches[:4], axes.patches[4:]
     assert [bar.get_width() for bar in light] == [64, 32, 8, 128]
     assert [bar.get_width() for bar in solid] == [16, 32, 8, 32]
@@ -175,7 +182,7 @@ def test_widths():
     camera, lidar, head, late = (to_hex(bar.get_facecolor()) for bar in solid)
     assert camera == late
     assert len({camera, lidar, head}) == 3
-    assert [label.get_text() for label in axes.get_yticklabels()] == list(BEFORE)
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(WIDTHS)
     assert [text.get_text() for text in axes.texts] == ["16 of 64", "32 of 32", "8 of 8", "32 of 128"]
     assert [text.get_text() for text in axes.figure.legends[0].get_texts()] == [
         "camera: 48 of 192",
@@ -184,25 +191,10 @@ def test_widths():
     ]
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "group_of", "differ"),
-    [
-        ({}, {}, {}, "[]"),
-        (BEFORE, {**BEFORE, "late": 1}, OF_LAYER, "['late']"),
-        (BEFORE, BEFORE, {**OF_LAYER, "odd": "camera"}, "['odd']"),
-    ],
-)
-def test_widths_of_other_layers(before, after, group_of, differ):
-    with pytest.raises(
-        ValueError, match=re.escape(f"must name the same layers, at least one; these differ: {differ}")
-    ):
-        figures.widths(before, after, group_of)
-
-
 def test_widths_are_drawn_where_channels_are_pruned_and_their_components_are_not():
     events = [*EVENTS, {**EVENTS[-1], "widths": {"camera": [2, 4], "mine": [3, 8]}}]
     of_channels = Components({"camera": torch.ones(4)}, {}, {"camera": "camera"}, {}, {})
-    drawn = figures.draw(REPORT, events, of_channels, MASKS)
+    drawn = figures.draw_pruning(REPORT, events, of_channels, MASKS)
     assert set(drawn) == {"kept_per_layer", "sparsity_over_epochs", "widths"}
     axes = labelled(drawn["widths"])
     assert [text.get_text() for text in axes.texts] == ["2 of 4", "3 of 8"]

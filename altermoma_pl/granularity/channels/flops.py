@@ -1,4 +1,4 @@
-"""What a model computes in a forward pass, and what it would with fewer channels."""
+"""FLOPs of a forward pass: what a model computes, and what it would with fewer channels."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ def tensors_of(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value] if value.is_floating_point() else []
     if isinstance(value, Mapping):
-        return [tensor for each in value.values() for tensor in tensors_of(each)]
+        value = list(value.values())
     if isinstance(value, (tuple, list)):
         return [tensor for each in value for tensor in tensors_of(each)]
     return []

@@ -54,7 +54,7 @@ def why_not(
         with torch.no_grad():
             channels.to_masks(kept, parameters).apply_(model)
         masked = outputs_of(model, forward)
-        # Of the masked model, not of the dense one: what is removed is zero by then in both.
+        # From the masked model, so that between the two runs nothing but sizes changes.
         Resizing.of(channels, kept, model).apply_(model)
         gap = difference(masked, outputs_of(model, forward))
     except Exception as error:  # of the user's code, of any kind

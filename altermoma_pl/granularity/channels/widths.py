@@ -52,20 +52,15 @@ def keep_widths(
     """
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity must be in [0, 1), got {sparsity}")
-    alive = within or {name: torch.ones(len(score), dtype=torch.bool) for name, score in scores.items()}
-    start = {name: int(alive[name].sum()) for name in scores}
     steps = steps or dict.fromkeys(scores, 1)
     cost = cost or (lambda widths: float(sum(widths.values())))
-    order: dict[str, Tensor] = {}
+    order = {name: _best_first(name, score, within) for name, score in scores.items()}
+    start = {name: len(best) for name, best in order.items()}
     removals: list[Step] = []
     for name, score in reversed(list(scores.items())):
-        own = score.detach().double().cpu().masked_fill(~alive[name].cpu(), -torch.inf)
-        order[name] = own.argsort(descending=True, stable=True)
-        ranked = own[order[name]][: start[name]]
-        if not bool(ranked.isfinite().all()):
-            raise ValueError(f"scores of the channels of {name!r} are not finite")
         least = round(max(1, min_density * len(score)), 9)  # 0.07 * 100 is more than 7
-        removals += _steps(name, ranked, steps[name], math.ceil(least / steps[name]) * steps[name])
+        floor = math.ceil(least / steps[name]) * steps[name]
+        removals += _steps(name, score.detach().double().cpu()[order[name]], steps[name], floor)
     # Stable: of equal scores those of the later group go first, and in a group the last.
     removals.sort(key=lambda step: step.score)
     # Rounding must not take one block more than needed, where a share of a cost is no exact number.
@@ -90,14 +85,20 @@ def keep_widths(
     return kept
 
 
-def _steps(name: str, ranked: Tensor, step: int, floor: int) -> list[Step]:
-    """The blocks that may go, the worst first; their mean scores never fall.
+def _best_first(name: str, score: Tensor, within: Kept | None) -> Tensor:
+    """The channels of a group that are there, the best first and of equal ones the first."""
+    there = torch.arange(len(score)) if within is None else within[name].cpu().nonzero().flatten()
+    own = score.detach().double().cpu()[there]  # of what is gone, a score may be anything
+    if not bool(own.isfinite().all()):
+        raise ValueError(f"scores of the channels of {name!r} are not finite")
+    return there[own.argsort(descending=True, stable=True)]
 
-    Args:
-        name: Of the group.
-        ranked: Scores of the channels that are there, the highest first.
-        step: Widths become multiples of it, so that the first block may be a smaller one.
-        floor: The smallest width.
+
+def _steps(name: str, ranked: Tensor, step: int, floor: int) -> list[Step]:
+    """The blocks of a group that may go, the worst first; their mean scores never fall.
+
+    `ranked` are the scores of the channels that are there, the highest first. Widths become multiples of
+    `step`, so that the first block may be a smaller one, and no less than `floor`.
     """
     found: list[Step] = []
     current = len(ranked)

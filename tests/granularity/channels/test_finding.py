@@ -154,6 +154,18 @@ def test_the_trial_catches_what_the_graph_reads_wrongly():
     assert channels.excluded["stem"].startswith(DIFFER)
 
 
+class Boxes(dict):
+    """What detectors return: a dictionary of their own."""
+
+
+def test_outputs_in_subclasses_of_dictionaries_are_followed():
+    class Detector(nn.Sequential):
+        def forward(self, x):
+            return [Boxes(scores=super().forward(x), labels=None)]
+
+    assert search(Detector(*chain(nn.ReLU())).eval()).keys() == {"0"}
+
+
 class Refuses(nn.Module):
     def forward(self, x):
         if x.shape[1] != 8:

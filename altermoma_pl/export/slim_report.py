@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -59,21 +58,14 @@ class SlimReport:
             ) from error
         return cls(widths, costs)
 
-    @property
-    def records(self) -> list[dict[str, Any]]:
-        """Of each group: name, modality, num_channels, num_kept."""
-        return [asdict(width) for width in self.widths]
-
     def table(self) -> Table:
         """How many channels each group keeps, a modality after the other in the order of the model."""
         kept = sum(width.num_kept for width in self.widths)
         total = sum(width.num_channels for width in self.widths)
-        modalities = dict.fromkeys(width.modality for width in self.widths)
+        modalities = list(dict.fromkeys(width.modality for width in self.widths))
         rows = tuple(
-            (modality, w.name, f"{w.num_channels}", f"{w.num_kept}", f"{w.num_kept / w.num_channels:.4f}")
-            for modality in modalities
-            for w in self.widths
-            if w.modality == modality
+            (w.modality, w.name, f"{w.num_channels}", f"{w.num_kept}", f"{w.num_kept / w.num_channels:.4f}")
+            for w in sorted(self.widths, key=lambda width: modalities.index(width.modality))
         )
         header = ("modality", "channels of", "before", "kept", "share")
         return Table(f"Slim model: {kept:,} of {total:,} channels kept", header, rows, num_labels=2)
@@ -85,12 +77,11 @@ class SlimReport:
 
     def to_json(self) -> str:
         """`widths`, and `costs` as `CostReport.to_json`, null if not measured."""
-        costs = json.loads(self.costs.to_json()) if self.costs else None
-        return to_json({"widths": self.records, "costs": costs})
+        return to_json(asdict(self))
 
     def to_csv(self) -> str:
-        """One line for each of the records."""
-        return to_csv(self.records)
+        """One line for each group: name, modality, num_channels, num_kept."""
+        return to_csv([asdict(width) for width in self.widths])
 
     def draw(self) -> dict[str, Figure]:
         """Name -> figure."""

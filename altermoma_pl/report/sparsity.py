@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -62,12 +62,12 @@ class SparsityReport:
     def groups(self) -> dict[str, LayerReport]:
         """Group -> its weights taken together, in the order of the layers."""
         names = dict.fromkeys(layer.group for layer in self.layers)
-        return {name: _together(name, (x for x in self.layers if x.group == name)) for name in names}
+        return {name: _total(name, [x for x in self.layers if x.group == name]) for name in names}
 
     @property
     def total(self) -> LayerReport:
         """All prunable weights taken together."""
-        return _together("", self.layers)
+        return _total("", self.layers)
 
     @property
     def sparsity(self) -> float:
@@ -117,9 +117,9 @@ class SparsityReport:
         return to_csv(self.records)
 
 
-def _together(group: str, layers: Iterable[LayerReport]) -> LayerReport:
-    counts = [(layer.num_weights, layer.num_kept) for layer in layers]
-    return LayerReport("", group, *map(sum, zip(*counts, strict=True)))
+def _total(group: str, layers: Sequence[LayerReport]) -> LayerReport:
+    num_weights = sum(layer.num_weights for layer in layers)
+    return LayerReport("", group, num_weights, sum(layer.num_kept for layer in layers))
 
 
 def _numbers(layer: LayerReport) -> tuple[str, str, str]:

@@ -48,37 +48,27 @@ def measure(
     device = _common_device(models)
     smallest = min(inputs)
     with ExitStack() as stack:
-        for model in models.values():
+        for name, model in models.items():
             stack.enter_context(restored(model))
             model.eval()
-        for name, model in models.items():
             for batch, example in inputs.items():
                 _try(name, model, batch, example)
-        latencies = _latencies(models, inputs, repeats, device)
-        costs = {
-            name: _costs_of(model, inputs[smallest], device, tuple(latencies[name]), metrics.get(name, {}))
-            for name, model in models.items()
-        }
+        seconds = {}
+        for batch, example in inputs.items():
+            runs = {name: partial(model, *example) for name, model in models.items()}
+            with torch.inference_mode():
+                seconds[batch] = in_turns(runs, repeats, _WARM_UP, device)
+        costs = {}
+        for name, model in models.items():
+            latency = tuple(_latency(batch, taken[name], device) for batch, taken in seconds.items())
+            costs[name] = _costs_of(model, inputs[smallest], device, latency, metrics.get(name, {}))
         return CostReport(smallest, costs)
 
 
-def _latencies(
-    models: Mapping[str, nn.Module],
-    inputs: Mapping[int, tuple[Any, ...]],
-    repeats: int,
-    device: torch.device,
-) -> dict[str, list[Latency]]:
-    found: dict[str, list[Latency]] = {name: [] for name in models}
+def _latency(batch: int, seconds: list[float], device: torch.device) -> Latency:
+    low, median, high = quartiles(seconds)
     threads = torch.get_num_threads()
-    for batch, example in inputs.items():
-        runs = {name: partial(model, *example) for name, model in models.items()}
-        with torch.inference_mode():
-            taken = in_turns(runs, repeats, _WARM_UP, device)
-        for name, seconds in taken.items():
-            low, median, high = quartiles(seconds)
-            own = Latency(batch, median, low, high, repeats, _WARM_UP, threads, str(device))
-            found[name].append(own)
-    return found
+    return Latency(batch, median, low, high, len(seconds), _WARM_UP, threads, str(device))
 
 
 def _costs_of(

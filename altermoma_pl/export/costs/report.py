@@ -15,26 +15,15 @@ _DASH = "-"
 
 @dataclass(frozen=True)
 class Latency:
-    """Seconds of a forward pass.
-
-    Args:
-        batch: Samples in the batch.
-        median: Over the repeats.
-        low: Lower quartile.
-        high: Upper quartile.
-        repeats: How many runs were timed.
-        warm_up: How many went before.
-        threads: Of torch on the CPU.
-        device: Where the model was.
-    """
+    """Seconds of a forward pass."""
 
     batch: int
-    median: float
-    low: float
-    high: float
-    repeats: int
-    warm_up: int
-    threads: int
+    median: float  # over the repeats
+    low: float  # lower quartile
+    high: float  # upper quartile
+    repeats: int  # how many runs were timed
+    warm_up: int  # how many went before
+    threads: int  # of torch on the CPU
     device: str
 
     def __str__(self) -> str:
@@ -44,30 +33,17 @@ class Latency:
 
 @dataclass(frozen=True)
 class Costs:
-    """What one model costs, and what it is worth.
-
-    Args:
-        num_parameters: Elements of all parameters.
-        num_nonzero: How many of them are not zero.
-        flops: Of one forward pass, two for each multiply-add; None if they cannot be counted.
-        uncounted: What did work that is not in `flops`, as `Flops.uncounted`.
-        peak_memory: Most bytes alive at once beyond weights and inputs, as `costs.peak_memory`; None if
-            it cannot be measured.
-        latency: One entry for each batch size.
-        file_bytes: Of the `state_dict` as torch.save writes it.
-        compressed_bytes: Of that file after gzip, level 6.
-        metrics: Name -> value, given by the caller.
-    """
+    """What one model costs, and what it is worth."""
 
     num_parameters: int
-    num_nonzero: int
-    flops: int | None
-    uncounted: tuple[str, ...]
-    peak_memory: int | None
-    latency: tuple[Latency, ...]
-    file_bytes: int
-    compressed_bytes: int
-    metrics: Mapping[str, float]
+    num_nonzero: int  # of the parameters
+    flops: int | None  # of one forward pass, two for each multiply-add; None if they cannot be counted
+    uncounted: tuple[str, ...]  # what did work that is not in `flops`
+    peak_memory: int | None  # as `costs.peak_memory`, in bytes; None if it cannot be measured
+    latency: tuple[Latency, ...]  # one entry for each batch size
+    file_bytes: int  # of the `state_dict` as torch.save writes it
+    compressed_bytes: int  # of that file after gzip, level 6
+    metrics: Mapping[str, float]  # given by the caller
 
     def values(self) -> dict[str, float | None]:
         """Every number by its name, as "flops", "latency.1.median", "metrics.mIoU"; None if not finite."""

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from altermoma_pl.export.batch_norms import recalibrate_
 from altermoma_pl.export.tensors import example_tensors, map_inputs
+from altermoma_pl.model.inputs import as_arguments
 
 MAX_METRICS = 8
 
@@ -66,14 +67,13 @@ class Run:
         return cls(made.model, data)
 
     def example_inputs(self) -> tuple[Any, ...]:
-        """The module's `example_input_array`, or else its first validation batch, as arguments of `forward`.
+        """The arguments of `forward`: of the module's `example_input_array`, or its first validation batch.
 
         Raises:
             ValueError: If there is neither.
         """
-        array = self.module.example_input_array
-        if array is not None:
-            return tuple(array) if isinstance(array, (tuple, list)) else (array,)
+        if self.module.example_input_array is not None:
+            return as_arguments(self.module.example_input_array)
         if self.data is None:
             raise ValueError(
                 f"example inputs are missing: give `data:` in the configuration, or "

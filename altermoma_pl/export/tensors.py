@@ -7,9 +7,12 @@ import inspect
 import keyword
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+
+from altermoma_pl.model.inputs import as_arguments, is_named_tuple
 
 
 def example_tensors(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
@@ -17,25 +20,20 @@ def example_tensors(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
 
     Args:
         model: Names of plain tensors are those of the parameters of its `forward`.
-        inputs: A tuple of the arguments, or the only one: tensors and NamedTuples, dictionaries, lists
-            and tuples of them, nested. None, numbers and strings in between are kept as they are.
+        inputs: A tuple or list of the arguments, or the only one if that is a tensor, a NamedTuple or a
+            dictionary. Arguments are tensors and NamedTuples, dictionaries, lists and tuples of them,
+            nested; None, numbers and strings in between are kept as they are.
 
     Returns:
         "image" for a tensor `image`, or the entry `image` of an only NamedTuple or dictionary; else
         parts joined by "_".
 
     Raises:
+        TypeError: The inputs are of another type.
         ValueError: There is no tensor, something of another type, or two tensors have the same name.
     """
     tensors: dict[str, Tensor] = {}
-
-    def note(name: str, tensor: Tensor) -> Tensor:
-        if name in tensors:
-            raise ValueError(f"two example inputs are named {name!r}: rename an entry or an argument")
-        tensors[name] = tensor
-        return tensor
-
-    map_inputs(model, inputs, note)
+    map_inputs(model, inputs, partial(_note, tensors, "example inputs"))
     if not tensors:
         raise ValueError("there is no tensor among the example inputs: give what `forward` takes")
     return tensors
@@ -48,22 +46,22 @@ def output_tensors(output: Any) -> dict[str, Tensor]:
         ValueError: There is something of another type, or two tensors have the same path.
     """
     tensors: dict[str, Tensor] = {}
-
-    def note(name: str, tensor: Tensor) -> Tensor:
-        if name in tensors:
-            raise ValueError(f"two outputs are named {name!r}: rename an entry")
-        tensors[name] = tensor
-        return tensor
-
-    _map(output, "" if isinstance(output, dict) or _is_named(output) else "output", note)
+    _map(output, "" if _has_names(output) else "output", partial(_note, tensors, "outputs"))
     return tensors
+
+
+def _note(tensors: dict[str, Tensor], kind: str, name: str, tensor: Tensor) -> Tensor:
+    if name in tensors:
+        raise ValueError(f"two {kind} are named {name!r}: rename one of them")
+    tensors[name] = tensor
+    return tensor
 
 
 def map_inputs(model: nn.Module, inputs: Any, function: Callable[[str, Tensor], Tensor]) -> tuple[Any, ...]:
     """The arguments of `forward` with `function(name, tensor)` for each tensor."""
-    arguments = inputs if type(inputs) is tuple else (inputs,)
-    only_structure = len(arguments) == 1 and (isinstance(arguments[0], dict) or _is_named(arguments[0]))
-    names = [""] if only_structure else _parameter_names(model, len(arguments))
+    arguments = as_arguments(inputs)
+    only_names = len(arguments) == 1 and _has_names(arguments[0])
+    names = [""] if only_names else _parameter_names(model, len(arguments))
     return tuple(
         _map(argument, name, lambda path, tensor: function(_identifier(path), tensor))
         for argument, name in zip(arguments, names, strict=True)
@@ -98,7 +96,7 @@ def _map(value: Any, path: str, function: Callable[[str, Tensor], Tensor]) -> An
         mapped = copy.copy(value)
         mapped.update({key: below(key, part) for key, part in value.items()})
         return mapped
-    if _is_named(value):
+    if is_named_tuple(value):
         return type(value)(*(below(key, part) for key, part in zip(value._fields, value, strict=True)))
     if isinstance(value, (list, tuple)):
         return type(value)(below(position, part) for position, part in enumerate(value))
@@ -108,8 +106,8 @@ def _map(value: Any, path: str, function: Callable[[str, Tensor], Tensor]) -> An
     )
 
 
-def _is_named(value: Any) -> bool:
-    return isinstance(value, tuple) and hasattr(value, "_fields")
+def _has_names(value: Any) -> bool:
+    return isinstance(value, dict) or is_named_tuple(value)
 
 
 def shapes_of(tensors: dict[str, Tensor]) -> str:

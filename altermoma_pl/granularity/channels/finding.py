@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,19 +15,20 @@ from altermoma_pl.granularity.channels.layouts import Names, group_of_layout, la
 from altermoma_pl.granularity.channels.tracing import PRODUCERS, Coupling, Forward, couplings_of
 from altermoma_pl.granularity.channels.trial import TOLERANCE, difference, enliven_, half, outputs_of, why_not
 from altermoma_pl.model.contexts import restored
+from altermoma_pl.model.inputs import as_forward
 from altermoma_pl.model.modality import prunable as prunable_weights
 
 
 def find_channels(
     model: nn.Module,
-    forward: Forward,
+    example_inputs: Forward | Any,
     prunable: Sequence[str] = (),
     declared: Declared | None = None,
     seed: int = 0,
 ) -> Channels:
     """Find what can be removed channel by channel, and prove it.
 
-    Couplings come from the backward graph of `forward(model)`. Of each group a random half of the channels
+    Couplings come from the backward graph of the outputs. Of each group a random half of the channels
     is removed on trial: only where the outputs are those of the masked model, the group is taken. So the
     last layers, whose width is what the task asks for, are left out by themselves, and so is whatever the
     graph reads wrongly; `excluded` of the result says why. Meanwhile parameters that are zero are not, as
@@ -34,7 +36,8 @@ def find_channels(
 
     Args:
         model: Runs in the mode it is in; anything random must draw from torch's generators.
-        forward: Runs the model on example inputs and returns its outputs or its loss.
+        example_inputs: As `as_arguments` takes them; or a function of the model that runs it and returns its
+            outputs or its loss.
         prunable: As for the callback: channels go only where all weights that put them out may be pruned.
         declared: Groups that the graph cannot follow, for example across an operator without a gradient:
             name -> module path -> "out" or "in", or "in:16" where its channels begin at input 16.
@@ -42,9 +45,11 @@ def find_channels(
 
     Raises:
         ModuleNotFoundError: Without torch-pruning (extra `structured`).
+        TypeError: If the example inputs are of another type.
         ValueError: If the model does not run, gives another output each time, cannot be followed, a
             declared group is wrong, or no channel can be removed.
     """
+    forward = as_forward(example_inputs)
     allowed = set(prunable_weights(model, prunable))
     generator = torch.Generator().manual_seed(seed)
     with restored(model):

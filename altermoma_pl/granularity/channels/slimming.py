@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from altermoma_pl.granularity.channels.tracing import Forward, trainable
 from altermoma_pl.granularity.channels.trial import TOLERANCE, difference, outputs_of
 from altermoma_pl.mask.masks import Masks
 from altermoma_pl.model.contexts import modes_restored, restored
+from altermoma_pl.model.inputs import as_arguments
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +47,7 @@ class Slim:
 def slim(
     model: nn.Module,
     masks: Masks,
-    example_inputs: Sequence[Any],
+    example_inputs: Any,
     declared: Declared | None = None,
 ) -> Slim:
     """Remove from a copy of `model` every channel that `masks` prunes in all coupled layers.
@@ -57,25 +58,23 @@ def slim(
     Args:
         model: The pruned model, or its dense weights: masks are applied to the copy.
         masks: Of the weights; those of `AlterMOMACallback` with the granularity "channel".
-        example_inputs: Positional arguments of `model`.
+        example_inputs: As `as_arguments` takes them: a tuple or list of the positional arguments, or the only
+            one if that is a tensor, a NamedTuple or a dictionary.
         declared: As for `find_channels`.
 
     Raises:
         ModuleNotFoundError: Without torch-pruning (extra `structured`).
+        TypeError: If the example inputs are of another type.
         ValueError: If the masks do not fit the model, the inputs are missing or refused, the model cannot be
             followed, no channel is pruned as a whole, or the smaller model gives something else.
     """
     masks.check_fits(model)
-    if not isinstance(example_inputs, (tuple, list)) or not example_inputs:
-        raise ValueError(
-            f"example_inputs must be a tuple of the positional arguments of {type(model).__name__}, "
-            f"got {type(example_inputs).__name__}"
-        )
+    arguments = as_arguments(example_inputs)
     smaller = _copy_of(model)
     masks.apply_(smaller)
 
     def forward(module: nn.Module) -> Any:
-        return module(*example_inputs)
+        return module(*arguments)
 
     with modes_restored(smaller):
         smaller.eval()

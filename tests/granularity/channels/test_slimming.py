@@ -213,10 +213,8 @@ def test_errors_leave_the_model_as_it_was():
     good = random_masks(found("depthwise"), model, 0)
     parameters = dict(model.named_parameters())
     refused(model, Masks({"absent": torch.ones(3, dtype=torch.bool)}), "'absent' does not exist")
-    refused(
-        model, good, "must be a tuple of the positional arguments of Sequential, got Tensor", torch.ones(1)
-    )
-    refused(model, good, "got tuple", ())
+    refused(model, good, "there is no tensor among the example inputs", ())
+    refused(model, good, "does not run on the example inputs", torch.ones(1))
     refused(model, good, "does not run on the example inputs", (torch.ones(2, 5, 4, 4),))
     refused(model, Masks.dense(parameters), r"no channel is pruned as a whole \(sparsity of the masks: 0\)")
     scattered = Masks({"0.weight": torch.rand(8, 3, 1, 1) < 0.9})

@@ -7,15 +7,38 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from altermoma_pl.export.program import first_line, quiet, trace
+from altermoma_pl.export.program import exporters_silenced, first_line, program_of
 from altermoma_pl.export.tensors import example_tensors, map_inputs, output_tensors, shapes_of
 from altermoma_pl.model.contexts import restored
+
+TOLERANCE = 1e-4
+"""Largest difference of an output of ONNX from that of torch, relative to its largest absolute value."""
+
+
+@contextmanager
+def whole(path: str | Path) -> Iterator[Path]:
+    """Where to write a file that then takes its place whole or, after an error or a kill, not at all.
+
+    It is written under its own name in a folder beside it, for ONNX may write a second file that the first
+    names. The folder of the file is made.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        yield Path(folder, path.name)
+        for written in sorted(
+            Path(folder).iterdir(), key=lambda each: each.name == path.name
+        ):  # it comes last
+            written.replace(path.with_name(written.name))
 
 
 def to_torch_export(model: nn.Module, example_inputs: Any, path: str | Path, dynamic: bool = True) -> Path:
@@ -37,11 +60,10 @@ def to_torch_export(model: nn.Module, example_inputs: Any, path: str | Path, dyn
     Raises:
         ValueError: The model does not accept the example, or cannot be traced; the message says where.
     """
-    path = _ready(path)
-    with restored(model), quiet():
-        program, _, _ = trace(model, example_inputs, dynamic)
-        torch.export.save(program, path)
-    return path
+    with whole(path) as temporary, restored(model), exporters_silenced():
+        program, _, _ = program_of(model, example_inputs, dynamic)
+        torch.export.save(program, temporary)
+    return Path(path)
 
 
 def to_onnx(
@@ -70,9 +92,8 @@ def to_onnx(
             not in this opset, or an output has the name of an input; the message says where.
     """
     _require("onnx", "onnxscript")
-    path = _ready(path)
-    with restored(model), quiet():
-        program, inputs, outputs = trace(model, example_inputs, dynamic)
+    with whole(path) as temporary, restored(model), exporters_silenced():
+        program, inputs, outputs = program_of(model, example_inputs, dynamic)
         _check_names(model, inputs, outputs)
         try:
             converted = torch.onnx.export(
@@ -92,11 +113,11 @@ def to_onnx(
                 f"opset {opset} cannot be had for {type(model).__name__}, only {reached}: give 18 or more, "
                 "as far as onnx knows it, or None"
             )
-        converted.save(path)
-    return path
+        converted.save(temporary)  # beyond 1.5 GB with a second file for the weights, `.data`
+    return Path(path)
 
 
-def check_onnx(path: str | Path, model: nn.Module, inputs: Any, tolerance: float = 1e-4) -> float:
+def check_onnx(path: str | Path, model: nn.Module, inputs: Any) -> float:
     """Compare the outputs of an ONNX file, by onnxruntime on the CPU, with those of the model in eval mode.
 
     It runs on one thread: on several, onnxruntime gives another result each time for sums by repeated indices
@@ -107,14 +128,15 @@ def check_onnx(path: str | Path, model: nn.Module, inputs: Any, tolerance: float
         path: The file, of `to_onnx`.
         model: The model, on the CPU.
         inputs: As `example_tensors` takes them, of any size that the file allows.
-        tolerance: Largest difference allowed, relative to the largest absolute value of an output.
 
     Returns:
-        The largest relative difference of all outputs.
+        The largest difference of all outputs, relative to the largest absolute value of an output.
 
     Raises:
         ModuleNotFoundError: The extra `export` is not installed.
-        ValueError: The file is not of this model, does not accept the inputs, or an output differs.
+        TypeError: The inputs are of another type.
+        ValueError: The file is not of this model, does not accept the inputs, or an output differs by more
+            than 1e-4.
     """
     _require("onnxruntime")
     import onnxruntime
@@ -138,14 +160,14 @@ def check_onnx(path: str | Path, model: nn.Module, inputs: Any, tolerance: float
     except Exception as error:  # onnxruntime has a class of its own for each kind
         raise ValueError(f"{path} does not accept the inputs {shapes_of(tensors)}: {error}") from error
     differences = {
-        name: _difference(torch.from_numpy(value), expected[name])
+        name: _relative_difference(torch.from_numpy(value), expected[name])
         for name, value in zip(names, found, strict=True)
     }
     for name, difference in differences.items():
-        if not difference <= tolerance:  # NaN, too
+        if not difference <= TOLERANCE:  # NaN, too
             raise ValueError(
                 f"output {name!r} of {path} differs by {difference:.2g} of its scale from that of "
-                f"{type(model).__name__}; {tolerance:g} is allowed"
+                f"{type(model).__name__}; {TOLERANCE:g} is allowed"
             )
     return max(differences.values())
 
@@ -159,7 +181,7 @@ def _check_names(model: nn.Module, inputs: list[str], outputs: list[str]) -> Non
         )
 
 
-def _difference(found: Tensor, expected: Tensor) -> float:
+def _relative_difference(found: Tensor, expected: Tensor) -> float:
     """Largest absolute difference over the scale of `expected`; infinite if shapes differ."""
     if found.shape != expected.shape:
         return float("inf")
@@ -174,12 +196,6 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 def _missing_operator(error: Exception) -> str:
     found = re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'", str(error))
     return f"there is no operator for {found[1]}" if found else first_line(error)
-
-
-def _ready(path: str | Path) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
 
 
 def _require(*modules: str) -> None:

@@ -20,7 +20,7 @@ from altermoma_pl.export.tensors import example_tensors, map_inputs, output_tens
 _NOISY = ("torch.export", "torch.fx", "torch.onnx", "onnxscript", "onnx_ir")  # loggers
 
 
-def trace(
+def program_of(
     model: nn.Module, example_inputs: Any, dynamic: bool
 ) -> tuple[ExportedProgram, list[str], list[str]]:
     """The program, of the inputs that matter, their names, and those of its outputs. Sets eval mode."""
@@ -38,19 +38,19 @@ def trace(
             ) from error
         if not outputs:
             raise ValueError(f"{type(model).__name__} gives no tensor: nothing can be exported")
-        program = _export(named, tensors, dynamic, model)
+        program = _traced(named, tensors, dynamic, model)
         used = _used(program, tensors)
         if dynamic:
             _check_rows(used)
         if len(used) < len(tensors):
             named = _by_name(model, example_inputs, list(used))
-            program = _export(named, used, dynamic, model)
+            program = _traced(named, used, dynamic, model)
     return program, list(used), outputs
 
 
-def _export(named: nn.Module, tensors: dict[str, Tensor], dynamic: bool, model: nn.Module) -> ExportedProgram:
+def _traced(named: nn.Module, tensors: dict[str, Tensor], dynamic: bool, model: nn.Module) -> ExportedProgram:
     # One row, or none, is no size that can vary; if the input does not matter, that is no error.
-    shapes = {name: {0: Dim.DYNAMIC} if _rows(tensor) > 1 else None for name, tensor in tensors.items()}
+    shapes = {name: {0: Dim.DYNAMIC} if t.dim() and len(t) > 1 else None for name, t in tensors.items()}
     try:
         with redirect_stderr(io.StringIO()):  # where it prints the graph before it raises
             return torch.export.export(named, (), tensors, dynamic_shapes=shapes if dynamic else None)
@@ -91,12 +91,8 @@ def _used(program: ExportedProgram, tensors: dict[str, Tensor]) -> dict[str, Ten
     return {name: tensor for (name, tensor), node in inputs if node in read}
 
 
-def _rows(tensor: Tensor) -> int:
-    return tensor.shape[0] if tensor.dim() else 0
-
-
 def _check_rows(tensors: dict[str, Tensor]) -> None:
-    small = [name for name, tensor in tensors.items() if tensor.dim() and _rows(tensor) < 2]
+    small = [name for name, tensor in tensors.items() if tensor.dim() and len(tensor) < 2]
     if small:
         raise ValueError(
             f"the example inputs {small} have fewer than two rows, from which no size that varies can be "
@@ -105,7 +101,7 @@ def _check_rows(tensors: dict[str, Tensor]) -> None:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def exporters_silenced() -> Iterator[None]:
     """What the exporters log and warn about concerns torch itself; errors are raised."""
     loggers = [logging.getLogger(name) for name in _NOISY]
     levels = [logger.level for logger in loggers]

@@ -3,13 +3,12 @@
 The model is traced in eval mode and left as it was, bit for bit, also after an exception.
 """
 
-from altermoma_pl.export.command import SUFFIXES, Exported, export
+from altermoma_pl.export.command import Exported, export
 from altermoma_pl.export.files import check_onnx, to_onnx, to_torch_export
 from altermoma_pl.export.slim_report import SlimReport
 from altermoma_pl.export.tensors import example_tensors
 
 __all__ = [
-    "SUFFIXES",
     "Exported",
     "SlimReport",
     "check_onnx",

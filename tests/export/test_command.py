@@ -285,6 +285,29 @@ def test_other_batches_than_those_have_a_note(channels, tmp_path):
     assert note == "Measured with batches of 1 and 5, not of 1 and 8: the data does not give those."
 
 
+def test_a_checkpoint_is_there_whole_or_not_at_all(channels, config, tmp_path, monkeypatch):
+    path = export(channels, config, output=str(tmp_path / "a.ckpt"), repeats=0).path
+    before = path.read_bytes()
+
+    def half(content, destination):
+        Path(destination).write_bytes(before[:100])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(KeyboardInterrupt):
+        export(channels, config, output=str(path), repeats=0)
+    assert path.read_bytes() == before
+    assert {each.name for each in tmp_path.iterdir()} == {"a.ckpt", "config.yaml"}
+
+
+def test_a_named_tuple_as_example_is_the_only_argument():
+    module = TwoTowers()
+    module.example_input_array = batch(2)
+    assert Run(module, None).example_inputs() == (module.example_input_array,)
+    module.example_input_array = [batch(2)]
+    assert len(Run(module, None).example_inputs()) == 1
+
+
 def test_nothing_is_timed_without_repeats(channels, config, tmp_path):
     exported = export(channels, config, "onnx", output=str(tmp_path / "a.onnx"), repeats=0)
     assert exported.costs is None

@@ -44,9 +44,8 @@ from altermoma_pl.mask.schedules import Cubic, Schedule
 from altermoma_pl.mask.top_k import Scope
 from altermoma_pl.model.modality import Modalities
 from altermoma_pl.score import AlterEva, Calibration, Criterion
-from altermoma_pl.score.calibration import no_progress
+from altermoma_pl.score.calibration import OnNonFinite, no_progress
 from altermoma_pl.score.decision import Decision, decide
-from altermoma_pl.score.finite import OnNonFinite
 
 _NEVER = -1  # an epoch before any event of any schedule
 

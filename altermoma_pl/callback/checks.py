@@ -19,8 +19,7 @@ from altermoma_pl.model.distributed import check_division, is_sharded, local, su
 from altermoma_pl.model.modality import SHARED
 from altermoma_pl.model.options import check_type
 from altermoma_pl.score import Criterion
-from altermoma_pl.score.calibration import known_length
-from altermoma_pl.score.finite import OnNonFinite
+from altermoma_pl.score.calibration import OnNonFinite, known_length
 
 _NAME = re.compile(r"[\w-]+")
 _SUPPORTED = ("SingleDeviceStrategy", "SingleDeviceXLAStrategy", "DDPStrategy", "ModelParallelStrategy")

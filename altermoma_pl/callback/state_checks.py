@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -53,9 +54,9 @@ def check_components(components: Components, masks: Masks | None, group_of: Mapp
     }.items():
         # Redundancy is of the parameters outside the modality that was deactivated.
         expected = {n: s for n, s in shapes.items() if what not in components.reri or group_of[n] != what}
-        # One value may stand for a whole tensor, of redundancy only.
-        whole = what in components.reri and all(tensor.shape == () for tensor in tensors.values())
-        found = {n: shapes.get(n, t.shape) if whole else t.shape for n, t in tensors.items()}
+        if what in components.reri and components.level == "tensor":
+            expected = dict.fromkeys(expected, torch.Size())
+        found = {n: t.shape for n, t in tensors.items()}
         if found != expected:
             raise ValueError(f"components and masks differ: {what!r} at {_difference(found, expected)}")
 

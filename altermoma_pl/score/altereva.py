@@ -17,23 +17,20 @@ from altermoma_pl.mask.masks import Masks
 from altermoma_pl.model.contexts import deactivated, noise_free, restored
 from altermoma_pl.model.modality import SHARED
 from altermoma_pl.model.options import check_options
-from altermoma_pl.score.calibration import Calibration
+from altermoma_pl.score.calibration import Calibration, Gradients
 from altermoma_pl.score.combination import (
-    Level,
     Normalization,
-    at_level,
     check_contribution,
     discount,
     group_divisors,
     leading,
     live_counts,
-    plain,
     redundancy,
     tensor_means,
 )
-from altermoma_pl.score.components import Components
+from altermoma_pl.score.components import Components, Level
 from altermoma_pl.score.criterion import Criterion, Scores
-from altermoma_pl.score.passes import Gradients, mean_change, mean_gradients, mean_loss, reactivate
+from altermoma_pl.score.passes import mean_gradients, mean_loss, reactivate
 
 
 @dataclass(frozen=True)
@@ -56,8 +53,8 @@ class AlterEva(Criterion):
             0, 1, 2, 3, 4 (with "subtract" 0, 0.25, 0.5, 1, 2) with which the pruned model has the lowest
             loss on the probe batches, see `choose_beta`.
         estimator: What ReRI is, with g and g' the gradients of one probe batch before and after
-            reactivation: "difference", the paper's |theta * mean(g - g')|; "batch_difference",
-            mean |theta * (g - g')|; "reactivated", mean |theta * g'|, the importance after it.
+            reactivation: "difference", the paper's |theta * mean(g - g')|, or "reactivated",
+            mean |theta * g'|, the importance after it.
         reduction: DeCI over probe batches: "mean_of_abs", mean |theta * g|, or "abs_of_mean",
             |theta * mean g|.
         magnitude_share: Exponent s of the leading score L = D^(1 - s) |theta|^s: 0 for DeCI itself, 1/2 for
@@ -77,14 +74,11 @@ class AlterEva(Criterion):
         noise: "suppressed" keeps running statistics of norm layers and switches dropout off while scoring;
             "as_is" leaves every layer in its mode.
         second_probe: Batches for g': the "same" as for g, or "fresh" ones that follow them.
-
-    Raises:
-        ValueError: If a value is outside what is described.
     """
 
     alpha: float = 1.5
     beta: float | Literal["auto"] = 3.0
-    estimator: Literal["difference", "batch_difference", "reactivated"] = "reactivated"
+    estimator: Literal["difference", "reactivated"] = "reactivated"
     reduction: Literal["mean_of_abs", "abs_of_mean"] = "mean_of_abs"
     magnitude_share: float = 0.5
     combination: Literal["subtract", "discount"] = "discount"
@@ -109,15 +103,8 @@ class AlterEva(Criterion):
             raise ValueError(f"magnitude_share must be in [0, 1], got {self.magnitude_share}")
         if self.gradient_clip is not None and not self.gradient_clip > 0:
             raise ValueError(f"gradient_clip must be positive or None, got {self.gradient_clip}")
-        self._check_together()
-
-    def _check_together(self) -> None:
         if self.combination == "discount" and not self.alpha > 0:
             raise ValueError(f"the combination 'discount' needs alpha > 0, got alpha={self.alpha}")
-        if self.second_probe == "fresh" and self.estimator == "batch_difference":
-            raise ValueError(
-                "the estimator 'batch_difference' compares the same batches: second_probe must be 'same'"
-            )
 
     @classmethod
     def paper(cls) -> AlterEva:
@@ -150,12 +137,10 @@ class AlterEva(Criterion):
         """Measure DeCI and each ReRI; the model is left as it was, also after an exception.
 
         Raises:
-            TypeError: If a loss is no tensor.
-            ValueError: If a loader is empty, a loss is no finite scalar with a gradient, or a gradient
-                is not finite.
+            TypeError, ValueError: If a loader is empty, or a loss no finite scalar with finite gradients.
         """
         model, reri = calibration.model, {}
-        losses = dict.fromkeys(["all"], 0.0)  # the first entry, although it is measured last
+        losses = {"all": 0.0}  # the first entry, although it is measured last
         # The state to come back to has the layers quiet already, hence this order.
         with noise_free(model) if self.noise == "suppressed" else nullcontext(), restored(model) as reset:
             for modality in calibration.groups:
@@ -166,20 +151,20 @@ class AlterEva(Criterion):
                 losses[f"without_{modality}"] = before
                 losses[f"without_{modality}_reactivated"] = after
                 reset()
-                reri[modality] = self._redundancy(change, calibration)
+                reri[modality] = _times_weight_(change, calibration)
+                if self.redundancy_level == "tensor":
+                    live = live_counts(change, calibration.alive)
+                    reri[modality] = tensor_means(reri[modality], live)
                 del change
             # Last, because training of the rest needs the most memory.
+            weights, absolute = calibration.weights, self.reduction == "mean_of_abs"
             losses["all"], gradients = mean_gradients(
-                calibration,
-                calibration.weights,
-                self.num_probe_batches,
-                "contribution",
-                absolute=self.reduction == "mean_of_abs",
+                calibration, weights, self.num_probe_batches, "contribution", absolute=absolute
             )
             deci = _times_weight_(gradients, calibration)
             reset()
-            magnitude = {name: w.detach().abs() for name, w in calibration.weights.items()}
-        return Components(deci, reri, dict(calibration.group_of), losses, magnitude)
+            magnitude = {name: weight.detach().abs() for name, weight in weights.items()}
+        return Components(deci, reri, dict(calibration.group_of), losses, magnitude, self.redundancy_level)
 
     def combine(self, components: Components, masks: Masks | None = None) -> Scores:
         """S_i from stored components, with this object's alpha, beta, combination and normalisation.
@@ -194,30 +179,24 @@ class AlterEva(Criterion):
         Raises:
             ValueError: If DeCI of a group is zero of which nothing was pruned, or beta is "auto".
         """
-        beta = self._fixed_beta()
-        check_contribution(components, masks)
+        beta, level, subtract = self._fixed_beta(), self.redundancy_level, self.combination == "subtract"
         live, group_of = live_counts(components.deci, masks), components.group_of
+        check_contribution(components, live)
         first = leading(components, self.magnitude_share)
         divisors = group_divisors(first, group_of, self.normalization, live)
-        if self.combination == "subtract":
-            second = at_level(redundancy(components, self.normalization, live), self.redundancy_level, live)
+        if subtract:
+            second = redundancy(components, self.normalization, level, live)
         else:
-            second = discount(components, self.alpha, beta, self.redundancy_level, live)
+            second = discount(components, self.alpha, beta, level, live)
         scores = {}
         for name in first:
-            lead, other = first[name] / (divisors[group_of[name]] or 1.0), plain(second[name])
-            subtract = self.combination == "subtract"
+            lead = first[name] / divisors[group_of[name]]
+            # A number goes with tensors on any device, sharded ones too.
+            other = second[name].item() if level == "tensor" else second[name]
             scores[name] = self.alpha * lead - beta * other if subtract else lead * other
         if masks is None:
             return scores
         return {name: s.masked_fill_(~masks[name].to(s.device), -torch.inf) for name, s in scores.items()}
-
-    def _redundancy(self, change: Gradients, calibration: Calibration) -> dict[str, Tensor]:
-        """R_i from the change of gradients, at the weights that the model has now."""
-        reri = _times_weight_(change, calibration)
-        if self.redundancy_level == "weight":
-            return reri
-        return tensor_means(reri, live_counts(reri, calibration.alive))
 
     def _fixed_beta(self) -> float:
         if self.beta == "auto":
@@ -228,29 +207,23 @@ class AlterEva(Criterion):
         return self.beta
 
     def _reactivation(self, calibration: Calibration, modality: str) -> tuple[float, float, Gradients]:
-        """Loss before and after reactivation and the mean change of gradients, by the estimator."""
+        """Loss before and after reactivation, and the mean of what ReRI multiplies, by the estimator."""
         others = {n: w for n, w in calibration.weights.items() if calibration.group_of[n] != modality}
         count, label = self.num_probe_batches, f"{modality} deactivated"
-        skip = count if self.second_probe == "fresh" else 0
-
-        def train() -> None:
-            reactivate(
-                calibration, modality, self.num_reactivation_steps, self.optimizer,
-                self.learning_rate, self.gradient_clip,
-            )  # fmt: skip
-
+        first = None
         if self.estimator == "difference":
             before, first = mean_gradients(calibration, others, count, label)
-            train()
-            after, second = mean_gradients(calibration, others, count, f"{label}, reactivated", skip)
-            return before, after, {n: first[n] - second[n] for n in others}
-        if self.estimator == "batch_difference":
-            return mean_change(calibration, others, count, label, train)
-        before = mean_loss(calibration, count, label)
-        train()
-        phase = f"{label}, reactivated"
-        after, change = mean_gradients(calibration, others, count, phase, skip, absolute=True)
-        return before, after, change
+        else:
+            before = mean_loss(calibration, count, label)
+        reactivate(
+            calibration, modality, self.num_reactivation_steps, self.optimizer, self.learning_rate,
+            self.gradient_clip,
+        )  # fmt: skip
+        skip = count if self.second_probe == "fresh" else 0
+        after, second = mean_gradients(
+            calibration, others, count, f"{label}, reactivated", skip, absolute=first is None
+        )
+        return before, after, second if first is None else {n: first[n] - second[n] for n in others}
 
 
 def _times_weight_(gradients: Gradients, calibration: Calibration) -> dict[str, Tensor]:

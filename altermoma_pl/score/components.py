@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
-_KEYS = {"deci", "reri", "group_of", "losses", "magnitude"}
+from altermoma_pl.model.options import check_type
+
+Level = Literal["weight", "tensor"]
+
+_MAPS: dict[str, tuple[Any, str]] = {
+    "deci": (Tensor, "names to Tensor"),
+    "reri": (Mapping, "modalities to tensors by name"),
+    "group_of": (str, "names to str"),
+    "losses": ((int, float), "names to int or float"),
+    "magnitude": (Tensor, "names to Tensor"),
+}
 
 
 @dataclass(frozen=True)
@@ -18,12 +29,13 @@ class Components:
     Args:
         deci: Parameter name -> D_i, the contribution with all modalities active (eq. 6).
         reri: Deactivated modality -> parameter name -> R_i, the redundancy that it reactivates in the
-            parameters of all other groups (eq. 10, 26, 34, 35); or the mean over the tensor's live weights,
-            a tensor without dimensions, where the criterion judges whole tensors.
+            parameters of all other groups (eq. 10, 26, 34, 35).
         group_of: Parameter name -> its modality or "shared".
         losses: Mean loss over the probe batches: "all", and for each modality m
             "without_m" and "without_m_reactivated" (eq. 4 and 7).
         magnitude: Parameter name -> |theta_i|.
+        level: Whether ReRI is that of each "weight" or of the whole "tensor": then it is the mean over the
+            live weights, a tensor without dimensions.
     """
 
     deci: dict[str, Tensor]
@@ -31,45 +43,31 @@ class Components:
     group_of: dict[str, str]
     losses: dict[str, float]
     magnitude: dict[str, Tensor]
+    level: Level = "weight"
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors on the CPU and builtins only."""
-        return {
-            "deci": {name: t.cpu() for name, t in self.deci.items()},
-            "reri": {m: {name: t.cpu() for name, t in own.items()} for m, own in self.reri.items()},
-            "group_of": dict(self.group_of),
-            "losses": dict(self.losses),
-            "magnitude": {name: t.cpu() for name, t in self.magnitude.items()},
-        }
+        return tree_map_only(Tensor, Tensor.cpu, dict(vars(self)))  # type: ignore[no-any-return]
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Components:
-        """Rebuild from `state_dict()`.
-
-        Raises:
-            ValueError: If a key is missing or unknown, or a value of another type than described.
-        """
-        if not isinstance(state, Mapping) or state.keys() != _KEYS:
-            raise ValueError(f"state of components must hold {sorted(_KEYS)}, got {_named(state)}")
-        if not isinstance(state["reri"], Mapping):
-            raise ValueError(
-                f"'reri' of components must map modalities to tensors by name, got {state['reri']!r}"
-            )
-        tensors = {"deci": state["deci"], "magnitude": state["magnitude"]}
-        tensors |= {f"reri of {modality!r}": own for modality, own in state["reri"].items()}
-        for what, value in tensors.items():
-            _check_values(what, value, Tensor)
-        _check_values("group_of", state["group_of"], str)
-        _check_values("losses", state["losses"], (int, float))
-        return cls(**state)
+        """Rebuild from `state_dict()`; a `ValueError` says what is damaged."""
+        if not isinstance(state, Mapping) or state.keys() - {"level"} != _MAPS.keys():
+            found = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(f"state of components must hold {sorted(_MAPS)}, got {found}")
+        for key, (kind, words) in _MAPS.items():
+            if not _maps(state[key], kind):
+                raise ValueError(f"{key!r} of components must map {words}, got {state[key]!r:.80}")
+        # Of November 2026 and before: the shape alone told.
+        whole = all(r.ndim == 0 for own in state["reri"].values() for r in own.values())
+        level = state.get("level", "tensor" if whole else "weight")
+        check_type("level of components", level, Level)
+        return cls(**{**state, "level": level})
 
 
-def _check_values(what: str, value: Any, kind: type | tuple[type, ...]) -> None:
-    named = isinstance(value, Mapping) and all(isinstance(name, str) for name in value)
-    if not named or not all(isinstance(each, kind) for each in value.values()):
-        kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-        raise ValueError(f"{what!r} of components must map names to {kinds}, got {value!r:.80}")
-
-
-def _named(state: Any) -> Any:
-    return sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+def _maps(value: Any, kind: Any) -> bool:
+    """Whether it maps names to such values; mappings inside have tensors by name."""
+    return isinstance(value, Mapping) and all(
+        isinstance(name, str) and isinstance(each, kind) and (kind is not Mapping or _maps(each, Tensor))
+        for name, each in value.items()
+    )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 from torch import Tensor
 
+from altermoma_pl.model.options import check_options
 from altermoma_pl.score.calibration import Calibration
 
 Scores = dict[str, Tensor]
@@ -35,3 +37,17 @@ class Criterion(ABC):
 
         Scores of weights that `calibration.masks` prunes are ignored.
         """
+
+
+@dataclass(frozen=True)
+class Probing(Criterion):
+    """A criterion that takes the mean over held-out batches.
+
+    Args:
+        num_probe_batches: Held-out batches that are looked at.
+    """
+
+    num_probe_batches: int = 64
+
+    def __post_init__(self) -> None:
+        check_options(self, num_probe_batches=1)

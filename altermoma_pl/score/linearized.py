@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +14,6 @@ from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from altermoma_pl.score.graph import upstream
-
 _LAYERS = (
     F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
 )  # fmt: skip
@@ -22,7 +21,6 @@ _CASTS = (
     Tensor.to, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double, Tensor.type, Tensor.type_as,
 )  # fmt: skip
 _IN_PLACE = ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__iand__", "__ior__")
-_ATTENTION = inspect.signature(F.multi_head_attention_forward)
 
 
 class Linearized(TorchFunctionMode):
@@ -60,14 +58,16 @@ class Linearized(TorchFunctionMode):
         if func in _CASTS:
             return _cast(func, *args, **kwargs)
         if name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")):
-            return func(args[0], *tree_map(_like(args[0]), args[1:]), **tree_map(_like(args[0]), kwargs))
+            others, kwargs = tree_map(partial(_alike, args[0]), (args[1:], kwargs))
+            return func(args[0], *others, **kwargs)
         args, kwargs = tree_map(_double, (args, kwargs))
         if not any(isinstance(a, Tensor) and a.requires_grad for a in (*args, *kwargs.values())):
             return tree_map(_double, func(*args, **kwargs))
         if func in _LAYERS:
             return self._layer(func, *args, **kwargs)
-        if func is F.multi_head_attention_forward:
-            return self._multi_head_attention(**_ATTENTION.bind(*args, **kwargs).arguments)
+        if func in _NORM_FUNCTIONS or func is F.multi_head_attention_forward:
+            named = inspect.signature(func).bind(*args, **kwargs).arguments
+            return _NORM_FUNCTIONS.get(func, self._multi_head_attention)(**named)
         return tree_map(_double, _REPLACEMENTS.get(func, func)(*args, **kwargs))
 
     def heads(self) -> list[Tensor]:
@@ -76,14 +76,9 @@ class Linearized(TorchFunctionMode):
         return [total for node, total in self.layers if node not in inner]
 
     def _layer(
-        self,
-        func: Callable[..., Tensor],
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        *args: Any,
+        self, func: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: Any = None, *args: Any,
         **kwargs: Any,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         output = func(_entering(input), weight.abs(), None, *args, **kwargs)
         if output.requires_grad:
             self.layers.append((output.grad_fn, output.sum()))  # now: users may change it in place
@@ -100,15 +95,10 @@ class Linearized(TorchFunctionMode):
             _split_heads(self._layer(F.linear, x, weight), num_heads)
             for x, weight in zip((query, key, value), weights, strict=True)
         )
-        flow = q @ k.transpose(-2, -1)
         mask, padding = options.get("attn_mask"), options.get("key_padding_mask")
-        if mask is not None:
-            mask = mask.view(-1, num_heads, *mask.shape[1:]) if mask.ndim > 2 and flow.ndim > 3 else mask
-            flow = flow.masked_fill(mask if mask.dtype == torch.bool else mask < 0, -1.0)
-        if padding is not None:
-            forbidden = padding if padding.dtype == torch.bool else padding < 0
-            flow = flow.masked_fill(forbidden[..., None, None, :], -1.0)
-        shares = _softmax(flow, -1)
+        if mask is not None and mask.ndim > 2 and q.ndim > 3:
+            mask = mask.view(-1, num_heads, *mask.shape[1:])
+        shares = _shares(q, k, mask, None if padding is None else padding[..., None, None, :])
         output = (shares @ v).movedim(-2, 0).flatten(-2)
         output = self._layer(F.linear, output, options["out_proj_weight"])
         if not options.get("need_weights", True):
@@ -116,18 +106,25 @@ class Linearized(TorchFunctionMode):
         return output, shares.mean(-3) if options.get("average_attn_weights", True) else shares
 
 
+def upstream(nodes: Iterable[Node | None]) -> set[Node]:
+    """All that the nodes were computed from; a node itself only if another of them needs it."""
+    found: set[Node] = set()
+    pending = [node for node in nodes if node is not None]
+    while pending:
+        parents = {parent for parent, _ in pending.pop().next_functions if parent is not None} - found
+        found |= parents
+        pending += parents
+    return found
+
+
 def _double(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def _like(tensor: Tensor) -> Callable[[Any], Any]:
-    """Bring what is combined with a tensor in place to that tensor's type."""
-
-    def convert(value: Any) -> Any:
-        floating = isinstance(value, Tensor) and value.is_floating_point() and tensor.is_floating_point()
-        return value.to(tensor.dtype) if floating else value
-
-    return convert
+def _alike(tensor: Tensor, value: Any) -> Any:
+    """What is combined with a tensor in place, in that tensor's type."""
+    floating = isinstance(value, Tensor) and value.is_floating_point() and tensor.is_floating_point()
+    return value.to(tensor.dtype) if floating else value
 
 
 def _cast(func: Callable[..., Any], tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -164,22 +161,24 @@ def _softmax(input: Tensor, dim: int | None = None, *_: Any, **__: Any) -> Tenso
     return allowed / allowed.sum(dim, keepdim=True).clamp(min=1) * _gate(input)
 
 
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    **_: Any,
-) -> Tensor:
+def _shares(query: Tensor, key: Tensor, *masks: Tensor | None) -> Tensor:
+    """Of all that no mask forbids, by True or by a negative number that would be added."""
     flow = query @ key.transpose(-2, -1)
+    for mask in masks:
+        if mask is not None:
+            flow = flow.masked_fill(mask if mask.dtype == torch.bool else mask < 0, -1.0)
+    return _softmax(flow, -1)
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, **_: Any,
+) -> Tensor:  # fmt: skip
     if is_causal:
-        attn_mask = torch.ones(flow.shape[-2:], dtype=torch.bool, device=flow.device).tril()
-    if attn_mask is not None:
-        forbidden = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask < 0
-        flow = flow.masked_fill(forbidden, -1.0)
-    return _softmax(flow, -1) @ value
+        attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:  # here True allows
+        attn_mask = ~attn_mask
+    return _shares(query, key, attn_mask) @ value
 
 
 def _identity(input: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -196,46 +195,33 @@ def _glu(input: Tensor, dim: int = -1) -> Tensor:
 
 
 def _batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
+    input: Tensor, weight: Any = None, running_var: Any = None, eps: float = 1e-5, **_: Any
 ) -> Tensor:
-    output = _scaled_channels(_entering(input), weight)
-    return output if running_var is None else _scaled_channels(output, (running_var + eps).rsqrt())
+    output = _channel_norm(input, weight)
+    return output if running_var is None else _channel_norm(output, (running_var + eps).rsqrt())
 
 
-def _instance_norm(
-    input: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    *_: Any,
-    **__: Any,
-) -> Tensor:
-    return _scaled_channels(_entering(input), weight)
+def _channel_norm(input: Tensor, weight: Tensor | None = None, **_: Any) -> Tensor:
+    x = _entering(input)
+    return x if weight is None else x * weight.abs().view(-1, *[1] * (x.ndim - 2))
 
 
-def _group_norm(input: Tensor, num_groups: int, weight: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
-    return _scaled_channels(_entering(input), weight)
-
-
-def _layer_norm(input: Tensor, shape: Any, weight: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+def _layer_norm(input: Tensor, weight: Tensor | None = None, **_: Any) -> Tensor:
     return _entering(input) if weight is None else _entering(input) * weight.abs()
-
-
-def _scaled_channels(x: Tensor, scale: Tensor | None) -> Tensor:
-    return x if scale is None else x * scale.abs().view(-1, *[1] * (x.ndim - 2))
 
 
 def _unbounded(input: Tensor, *_: Any, reduction: str = "mean", **__: Any) -> Tensor:
     """In place of a loss that refuses inputs that are no probabilities; its value is not used."""
     return input if reduction == "none" else input.mean()
 
+
+_NORM_FUNCTIONS: dict[Any, Callable[..., Tensor]] = {  # called with all arguments by keyword
+    F.batch_norm: _batch_norm,
+    F.instance_norm: _channel_norm,
+    F.group_norm: _channel_norm,
+    F.layer_norm: _layer_norm,
+    F.rms_norm: _layer_norm,
+}
 
 _REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(
@@ -257,10 +243,5 @@ _REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((F.softmax, torch.softmax, Tensor.softmax), _softmax),
     F.glu: _glu,
     F.scaled_dot_product_attention: _attention,
-    F.batch_norm: _batch_norm,
-    F.instance_norm: _instance_norm,
-    F.group_norm: _group_norm,
-    F.layer_norm: _layer_norm,
-    F.rms_norm: _layer_norm,
     F.binary_cross_entropy: _unbounded,
 }  # fmt: skip

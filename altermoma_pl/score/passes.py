@@ -1,26 +1,34 @@
-"""Passes over the calibration batches: gradients, losses, and a little training."""
+"""Passes over the calibration batches: losses, gradients, their means, and a little training."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from typing import Any
+import itertools
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from altermoma_pl.model.contexts import seed_generators
-from altermoma_pl.model.distributed import local, num_processes, sum_, together
-from altermoma_pl.model.distributed import sums as sums_of_processes
-from altermoma_pl.score.calibration import Calibration
-from altermoma_pl.score.finite import NonFiniteError
+from altermoma_pl.model.distributed import all_agree, local, num_processes, reshard_, sum_, sums, together
+from altermoma_pl.score.calibration import Calibration, Gradients, LossAndGradients, Weights, known_length
 
-Gradients = dict[str, Tensor]
-Weights = Mapping[str, nn.Parameter]
-_CHUNK = 2**18
+Result = TypeVar("Result")
 
-Measure = Callable[[str, Any, Weights], tuple[float, Gradients]]
-"""Label, batch and parameters -> the loss on the batch and what is measured of each parameter."""
+Labelled = tuple[str, Any]
+"""A batch behind the words that name it in messages."""
+
+Measure = Callable[[str, Any], LossAndGradients]
+"""From these two, the loss on the batch and its gradients, or what is to take their place."""
+
+_PART = 2**18
+
+
+class NonFiniteError(ValueError):
+    """The loss of a batch, or a gradient of it, is infinite or not a number."""
 
 
 def mean_gradients(
@@ -31,12 +39,12 @@ def mean_gradients(
     skip: int = 0,
     absolute: bool = False,
     measure: Measure | None = None,
-) -> tuple[float, Gradients]:
+) -> LossAndGradients:
     """Mean loss and mean gradient (or mean absolute gradient) over probe batches of all processes.
 
     Args:
         calibration: The model and its batches.
-        of: Parameters by name.
+        of: What is scored, `calibration.weights` or some of them.
         count: Number of batches.
         phase: Told to whoever watches the progress.
         skip: Batches to pass over first.
@@ -44,61 +52,31 @@ def mean_gradients(
             sharded a batch is one of each process, since no process has the gradients of its own batch.
         measure: What to measure on each batch instead of the gradient.
     """
+    measure = measure or partial(batch_derivatives, calibration, scored=of)
     seed_generators(calibration.seed)
-    sums, losses = accumulators(of), []
-    with _together(calibration):
-        batches = calibration.probes(count, phase, skip)
-        for loss, gradients in calibration.finite(
-            batches, lambda label, batch: (measure or calibration.derivatives)(label, batch, of)
-        ):
+    totals, losses = accumulators(of), []
+    with _failing_together(calibration):
+        for loss, gradients in measured(calibration, "probe", count, phase, measure, skip):
             losses.append(loss)
             while gradients:  # let go of them: the next come before the names are bound anew
                 name, gradient = gradients.popitem()
-                _add_(sums[name], gradient, absolute)
-    return _mean(losses), _means_(calibration, sums, len(losses))
+                _add_(totals[name], gradient, absolute)
+    loss, num_batches = _mean(losses)
+    if calibration.sharded:  # then a batch is one of each process
+        num_batches = len(losses)
+    return loss, {name: sum_(total).div_(num_batches) for name, total in totals.items()}
 
 
 @torch.no_grad()
 def mean_loss(calibration: Calibration, count: int, phase: str) -> float:
     """Mean loss over probe batches of all processes."""
     seed_generators(calibration.seed)
-    with _together(calibration):
-        batches = calibration.probes(count, phase)
-        losses = list(calibration.finite(batches, lambda *labelled: float(calibration.loss(*labelled))))
-    return _mean(losses)
-
-
-def mean_change(
-    calibration: Calibration,
-    of: Weights,
-    count: int,
-    phase: str,
-    train: Callable[[], None],
-) -> tuple[float, float, Gradients]:
-    """Mean losses before and after `train()`, and the mean of |g - g'| with g and g' of one batch."""
-    parameters = list(calibration.model.parameters())
-    before = _copy(parameters)
-    train()
-    after = _copy(parameters)
-    seed_generators(calibration.seed)
-    sums, losses, later_losses = accumulators(of), [], []
-
-    def both(label: str, batch: Any) -> tuple[float, Gradients, float, Gradients]:
-        _load_(parameters, before)
-        first = calibration.derivatives(label, batch, of)
-        _load_(parameters, after)
-        return *first, *calibration.derivatives(label, batch, of)
-
-    with _together(calibration):
-        batches = calibration.probes(count, f"{phase}, reactivated")
-        for loss, gradients, later_loss, later in calibration.finite(batches, both):
-            losses.append(loss)
-            later_losses.append(later_loss)
-            for name in gradients.keys() | later.keys():
-                zero = torch.zeros_like(of[name])
-                sums[name] += (gradients.get(name, zero) - later.get(name, zero)).abs()
-    change = _means_(calibration, sums, len(losses))
-    return _mean(losses), _mean(later_losses), change
+    with _failing_together(calibration):
+        losses = [
+            float(loss)
+            for loss in measured(calibration, "probe", count, phase, partial(batch_loss, calibration))
+        ]
+    return _mean(losses)[0]
 
 
 def reactivate(
@@ -124,14 +102,16 @@ def reactivate(
         if parameter.requires_grad and name not in inactive
     }
     stepper = _stepper(list(trained.values()), optimizer, learning_rate)
-    for gradients in training_gradients(
-        calibration, trained, num_steps, f"{modality} deactivated, reactivation"
+    for gradients in measured(
+        calibration,
+        "training",
+        num_steps,
+        f"{modality} deactivated, reactivation",
+        lambda label, batch: batch_gradients(calibration, label, batch, trained)[1],
     ):
-        for name in list(gradients):
-            gradient = gradients.pop(name)
-            if calibration.masks is not None and name in calibration.masks:
-                gradient = gradient * calibration.masks[name]
-            trained[name].grad = gradient
+        own = mean_over_processes(calibration, gradients, trained)
+        for name in list(own):
+            trained[name].grad = without_pruned(calibration, name, own.pop(name))
         if gradient_clip is not None:
             torch.nn.utils.clip_grad_norm_(trained.values(), gradient_clip)
         stepper.step()
@@ -147,14 +127,133 @@ def _stepper(trained: list[nn.Parameter], optimizer: str, learning_rate: float) 
     return torch.optim.Adam(trained, lr=learning_rate, fused=fused)
 
 
-def training_gradients(calibration: Calibration, of: Weights, count: int, phase: str) -> Iterator[Gradients]:
-    """Gradients on up to `count` training batches; those of one step are the mean over all processes."""
-    steps = calibration.finite(
-        calibration.trainings(count, phase),
-        lambda label, batch: calibration.gradients(label, batch, of)[1],
-        lockstep=num_processes() > 1,
-    )
-    return (mean_over_processes(calibration, gradients, of) for gradients in steps)
+def measured(
+    calibration: Calibration,
+    kind: Literal["probe", "training"],
+    count: int,
+    phase: str,
+    measure: Callable[[str, Any], Result],
+    skip: int = 0,
+) -> Iterator[Result]:
+    """What `measure` gives for up to `count` batches, after the first `skip` of them.
+
+    Of probe batches each process takes its share of the count; a step of training takes a batch of each.
+    A batch for which `measure` raises a `NonFiniteError` is an error or left out, as the calibration says.
+    """
+    lockstep = calibration.lockstep or (kind == "training" and num_processes() > 1)
+    for label, batch in _labelled(calibration, kind, count, phase, skip, lockstep):
+        result, error = None, None
+        try:
+            result = measure(label, batch)
+        except NonFiniteError as found:
+            error = found
+        if all_agree(error is None) if lockstep else error is None:
+            yield result  # type: ignore[misc]
+        elif calibration.on_nonfinite == "skip":
+            calibration.num_skipped += 1
+        else:
+            raise error or NonFiniteError(f"{label} of another process is not finite: see its message")
+
+
+def _labelled(
+    calibration: Calibration, kind: str, count: int, phase: str, skip: int, lockstep: bool
+) -> Iterator[Labelled]:
+    batches = calibration.training_batches
+    if kind == "probe":
+        batches = calibration.probe_batches
+        count, skip = (-(-number // num_processes()) for number in (count, skip))
+    length = known_length(batches)
+    total = None if length is None else min(count, max(0, length - skip))
+    done, own = 0, enumerate(itertools.islice(batches, skip, skip + count), start=skip)
+    while True:
+        index, batch = next(own, (-1, None))
+        if not (all_agree(index >= 0) if lockstep else index >= 0):
+            break
+        calibration.progress(phase, done, total)
+        yield f"{kind} batch {index}", batch
+        done += 1
+    calibration.progress(phase, done, done)
+    if done == 0 and (lockstep or num_processes() == 1):
+        after = f" after the first {skip}" if skip else ""
+        raise ValueError(f"the {kind} loader gives no batch{after}: at least one is needed to score weights")
+    if done < count:
+        warnings.warn(
+            f"{count} {kind} batches were asked for, the loader has {done}: scoring with those",
+            stacklevel=2,
+        )
+
+
+def batch_loss(calibration: Calibration, label: str, batch: Any, check: bool = True) -> Tensor:
+    """The loss on a batch, a scalar; the check is whether it is finite."""
+    loss = calibration.loss_fn(calibration.model, batch)
+    if not torch.is_grad_enabled():
+        reshard_(calibration.model)
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"the loss of {label} must be a tensor, got {type(loss).__name__}")
+    if loss.numel() != 1:
+        raise ValueError(f"the loss of {label} must be a scalar, got shape {tuple(loss.shape)}")
+    if check:
+        _check_numbers(label, loss, {})
+    return loss.reshape(())
+
+
+def batch_gradients(
+    calibration: Calibration, label: str, batch: Any, of: Weights, create_graph: bool = False
+) -> LossAndGradients:
+    """The loss on a batch and its gradients; parameters that it does not reach are left out.
+
+    `.grad` is not touched and no hook on gradient accumulation fires, unless parameters are sharded:
+    then gradients are those of the mean loss over all processes. With `create_graph` the gradients
+    can be differentiated.
+    """
+    # In lockstep it is checked after the backward pass only, in which all processes take part.
+    loss = batch_loss(calibration, label, batch, check=not calibration.lockstep)
+    if not loss.requires_grad:
+        raise ValueError(
+            f"the loss of {label} has no gradient: it is detached, computed without gradients, "
+            f"or depends on no trainable parameter"
+        )
+    if calibration.sharded:
+        found = _backward(calibration, loss, of)
+    else:
+        found = torch.autograd.grad(loss, list(of.values()), create_graph=create_graph, allow_unused=True)
+    gradients = {name: g for name, g in zip(of, found, strict=True) if g is not None}
+    _check_numbers(label, loss, gradients)
+    return float(loss.detach()), gradients
+
+
+def batch_derivatives(calibration: Calibration, label: str, batch: Any, scored: Weights) -> LossAndGradients:
+    """The loss on a batch and its derivatives by what is scored, `calibration.weights` or some of them."""
+    return calibration.derivatives(partial(batch_gradients, calibration, label, batch), scored)
+
+
+def _backward(calibration: Calibration, loss: Tensor, of: Weights) -> tuple[Tensor | None, ...]:
+    """Gradients as `fully_shard` makes them: in the backward pass itself, the mean over processes."""
+    saved = [(parameter, parameter.grad) for parameter in calibration.leaves]
+    for parameter, _ in saved:
+        parameter.grad = None
+    try:
+        loss.backward()  # type: ignore[no-untyped-call]
+        return tuple(parameter.grad for parameter in of.values())
+    finally:
+        for parameter, gradient in saved:
+            parameter.grad = gradient
+
+
+def _check_numbers(label: str, loss: Tensor, gradients: Gradients) -> None:
+    advice = "on_nonfinite='skip' leaves such batches out"
+    if not torch.isfinite(loss):
+        raise NonFiniteError(
+            f"the loss of {label} is {loss.item()}: check the batch, or lower the learning rate "
+            f"of the criterion if it happened after steps of training; {advice}"
+        )
+    # One reading and one transfer; a sum may overflow, hence the second look.
+    totals = [local(g).detach().sum() for g in gradients.values()]
+    if not totals or torch.isfinite(torch.stack(totals)).all():
+        return
+    for name, gradient in gradients.items():
+        if not torch.isfinite(local(gradient)).all():
+            raise NonFiniteError(f"the gradient of {name!r} on {label} is not finite; {advice}")
 
 
 def mean_over_processes(calibration: Calibration, gradients: Gradients, of: Weights) -> Gradients:
@@ -163,10 +262,16 @@ def mean_over_processes(calibration: Calibration, gradients: Gradients, of: Weig
         return gradients
     mean = {}
     for name, parameter in of.items():  # of all alike, also where the batch of one does not reach it
-        gradient = gradients.get(name)
-        copy = torch.zeros_like(parameter.detach()) if gradient is None else gradient.detach().clone()
-        mean[name] = sum_(copy.contiguous()).div_(num_processes())
+        own = gradients[name].detach() if name in gradients else torch.zeros_like(parameter.detach())
+        mean[name] = sum_(own.clone(memory_format=torch.contiguous_format)).div_(num_processes())
     return mean
+
+
+def without_pruned(calibration: Calibration, name: str, value: Tensor) -> Tensor:
+    """The value, such as a gradient, with zeros where the parameter is pruned."""
+    if calibration.masks is None or name not in calibration.masks:
+        return value
+    return value.masked_fill(~calibration.masks[name].to(value.device), 0)
 
 
 def accumulators(of: Weights) -> Gradients:
@@ -180,45 +285,24 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def _add_(total: Tensor, value: Tensor, absolute: bool) -> None:
-    """Add in place; absolute values chunk by chunk, since a large temporary costs more than the sum."""
     if not absolute:
         total += value
         return
-    total, value = local(total), local(value)
-    if value.numel() <= _CHUNK:
-        total += value.abs()
-        return
-    rows = max(1, _CHUNK * len(value) // value.numel())
-    for part, more in zip(torch.split(total, rows), torch.split(value, rows), strict=True):
+    # Part by part: a large temporary costs more than the sum.
+    total, value = torch.atleast_1d([local(total), local(value)])  # type: ignore[no-untyped-call]
+    parts = 1 + value.numel() // _PART
+    for part, more in zip(total.chunk(parts), value.chunk(parts), strict=True):
         part += more.abs()
 
 
-@contextmanager
-def _together(calibration: Calibration) -> Iterator[None]:
+def _failing_together(calibration: Calibration) -> AbstractContextManager[None]:
     """An error in one process is one in all, where they do not wait for each other within a pass."""
-    with nullcontext() if calibration.lockstep else together(NonFiniteError):
-        yield
+    return nullcontext() if calibration.lockstep else together(NonFiniteError)
 
 
-def _mean(values: list[float]) -> float:
-    total, count = sums_of_processes([sum(values), len(values)])
+def _mean(losses: list[float]) -> tuple[float, int]:
+    """The mean loss over all processes, and the number of their batches."""
+    total, count = sums([sum(losses), len(losses)])
     if count == 0:
         raise NonFiniteError("no probe batch is left: the loss or the gradient of each was not finite")
-    return total / count
-
-
-def _means_(calibration: Calibration, sums: Gradients, num_batches: int) -> Gradients:
-    """Divide sums over batches by their number, in place; both are those of all processes."""
-    if not calibration.sharded:
-        num_batches = int(sums_of_processes([num_batches])[0])
-    return {name: sum_(total).div_(num_batches) for name, total in sums.items()}
-
-
-def _copy(parameters: list[nn.Parameter]) -> list[Tensor]:
-    return [parameter.detach().clone() for parameter in parameters]
-
-
-@torch.no_grad()
-def _load_(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
-    for parameter, value in zip(parameters, values, strict=True):
-        parameter.copy_(value)
+    return total / count, int(count)

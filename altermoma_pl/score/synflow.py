@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from altermoma_pl.model.options import check_options
 from altermoma_pl.score.calibration import Calibration
 from altermoma_pl.score.criterion import Criterion, Scores
 from altermoma_pl.score.linearized import Linearized
+from altermoma_pl.score.passes import Labelled, measured
 
 _PHASE = "synaptic flow"
 
@@ -43,9 +43,6 @@ class SynFlow(Criterion):
         balance_modalities: Each modality, and what they share, shrinks by the same factor in a round; if
             not, a branch through which little flows, such as a shallow one beside a deep residual one,
             falls first and may vanish.
-
-    Raises:
-        ValueError: If a value is outside what is described.
     """
 
     num_iterations: int = 100
@@ -59,11 +56,7 @@ class SynFlow(Criterion):
             raise ValueError(f"density must be in (0, 1), got {self.density}")
 
     def score(self, calibration: Calibration) -> Scores:
-        """The rank of every prunable weight, 0 for those pruned already; equal flow has equal ranks.
-
-        Raises:
-            ValueError: As `flow`.
-        """
+        """The rank of every prunable weight, 0 for those pruned already; equal flow has equal ranks."""
         labelled = _first_batch(calibration)
         masks = (calibration.masks or Masks.dense(calibration.weights)).to(calibration.model)
         groups = calibration.group_of if self.balance_modalities else dict.fromkeys(masks, "all")
@@ -72,7 +65,7 @@ class SynFlow(Criterion):
         highest = 0
         for done in range(self.num_iterations):
             calibration.progress(_PHASE, done, self.num_iterations)
-            flow = self._flow(calibration, labelled, masks)[1]
+            flow = self.flow(calibration, masks, labelled)[1]
             factor = self.density ** ((done + 1) / self.num_iterations)
             # Not 0: one that is pruned altogether stays so.
             sparsity = {group: 1 - max(density * factor, 1e-15) for group, density in alive.items()}
@@ -81,34 +74,33 @@ class SynFlow(Criterion):
             masks = kept
         calibration.progress(_PHASE, self.num_iterations, self.num_iterations)
         if masks.num_kept:
-            _rank(ranks, self._flow(calibration, labelled, masks)[1], masks, highest)
+            _rank(ranks, self.flow(calibration, masks, labelled)[1], masks, highest)
         return {name: ranks[name] for name in calibration.weights}
 
-    def flow(self, calibration: Calibration, masks: Masks | None = None) -> tuple[float, Scores]:
+    def flow(
+        self, calibration: Calibration, masks: Masks | None = None, labelled: Labelled | None = None
+    ) -> tuple[float, Scores]:
         """R and the flow through every prunable weight, in float64, of the network as masked.
 
         Args:
             calibration: The model and its batches.
             masks: What is pruned; None for the masks of the calibration.
+            labelled: The batch on which the loss runs, with its name; None for the first held-out one.
 
         Raises:
             ValueError: If no linear layer or convolution with parameters runs, or the flow is not finite.
         """
+        label, batch = labelled or _first_batch(calibration)
         masks = masks or calibration.masks or Masks.dense(calibration.weights)
-        return self._flow(calibration, _first_batch(calibration), masks)
-
-    def _flow(
-        self, calibration: Calibration, labelled: tuple[str, Any], masks: Masks
-    ) -> tuple[float, Scores]:
         model, weights = calibration.model, calibration.weights
         with noise_free(model), restored(model), Linearized() as network:
             _make_positive_(calibration, masks)
             seed_generators(calibration.seed)
-            loss = calibration.loss_fn(model, labelled[1])  # the graph lives in the layers, not in its value
+            loss = calibration.loss_fn(model, batch)  # the graph lives in the layers, not in its value
             heads = network.heads()
             if not heads:
                 raise ValueError(
-                    f"on {labelled[0]} no linear layer or convolution runs that depends on a prunable "
+                    f"on {label} no linear layer or convolution runs that depends on a prunable "
                     f"weight: SynFlow needs one; are gradients switched off in the loss function?"
                 )
             if self.normalize_heads:  # one that is cut off has a total of 0
@@ -120,12 +112,16 @@ class SynFlow(Criterion):
                 name: torch.zeros_like(w.detach()) if g is None else (w.detach() * g).abs()
                 for (name, w), g in zip(weights.items(), found, strict=True)
             }
-        _check_finite(total, flow)
+        if not torch.isfinite(total) or not all(bool(torch.isfinite(f).all()) for f in flow.values()):
+            raise ValueError(
+                f"the synaptic flow is not finite (R = {float(total.detach())}): the network is too deep for "
+                f"float64, or holds a function that is not linear for large numbers"
+            )
         return float(total.detach()), flow
 
 
-def _first_batch(calibration: Calibration) -> tuple[str, Any]:
-    (labelled,) = calibration.probes(1, _PHASE)
+def _first_batch(calibration: Calibration) -> Labelled:
+    (labelled,) = measured(calibration, "probe", 1, _PHASE, lambda *labelled: labelled)
     return labelled
 
 
@@ -143,28 +139,15 @@ def _make_positive_(calibration: Calibration, masks: Masks) -> None:
 
 def _densities(masks: Masks, groups: Mapping[str, str]) -> dict[str, float]:
     """Group -> share of its weights that the masks keep."""
-    members: dict[str, dict[str, Tensor]] = {}
-    for name, mask in masks.items():
-        members.setdefault(groups[name], {})[name] = mask
+    members = {g: {name: m for name, m in masks.items() if groups[name] == g} for g in groups.values()}
     return {group: 1 - Masks(own).sparsity for group, own in members.items()}
 
 
 def _rank(ranks: Scores, flow: Scores, which: Masks | dict[str, Tensor], offset: int) -> int:
     """Rank the chosen weights by their flow, from `offset` + 1 on; returns the highest rank."""
     device = next(iter(ranks.values())).device
-    chosen = torch.cat([flow[name][which[name]].to(device) for name in ranks])
-    values, places = torch.unique(chosen, return_inverse=True)
-    start = 0
-    for name, rank in ranks.items():
-        count = int(which[name].count_nonzero())
-        rank[which[name]] = (places[start : start + count] + offset + 1).to(rank)
-        start += count
+    chosen = [flow[name][which[name]].to(device) for name in ranks]
+    values, places = torch.unique(torch.cat(chosen), return_inverse=True)
+    for (name, rank), own in zip(ranks.items(), places.split([len(c) for c in chosen]), strict=True):
+        rank[which[name]] = (own + offset + 1).to(rank)
     return offset + len(values)
-
-
-def _check_finite(total: Tensor, flow: Scores) -> None:
-    if not torch.isfinite(total) or not all(bool(torch.isfinite(f).all()) for f in flow.values()):
-        raise ValueError(
-            f"the synaptic flow is not finite (R = {float(total.detach())}): the network is too deep for "
-            f"float64, or holds a function that is not linear for large numbers"
-        )

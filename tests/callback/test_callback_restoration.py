@@ -14,7 +14,7 @@ from tests.helpers.spying import NUM_CALLS, Busy, Spy
 
 @pytest.mark.parametrize("epoch", [0, 1])
 @pytest.mark.parametrize("noise", ["suppressed", "as_is"])
-@pytest.mark.parametrize("estimator", ["reactivated", "difference", "batch_difference"])
+@pytest.mark.parametrize("estimator", ["reactivated", "difference"])
 def test_an_event_that_prunes_nothing_changes_nothing(estimator, noise, epoch):
     before, after = Spy(epoch), Spy(epoch)
     criterion = short(estimator=estimator, noise=noise, optimizer="adam")

@@ -221,7 +221,6 @@ def test_the_reductions_differ_where_signs_do():
     ("estimator", "expected"),
     [
         ("difference", 2 * abs((1 + 6) / 2 - (0.416 + 3.264) / 2)),
-        ("batch_difference", 2 * (abs(1 - 0.416) + abs(6 - 3.264)) / 2),
         ("reactivated", 2 * (0.416 + 3.264) / 2),
     ],
 )
@@ -346,6 +345,16 @@ def test_components_survive_a_file(tmp_path):
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         Components.from_state_dict({"deci": {}})
+
+
+@pytest.mark.parametrize("level", ["weight", "tensor"])
+def test_states_say_the_level_of_redundancy_and_older_ones_tell_it_by_shape(level):
+    state = dataclasses.replace(SMALL, redundancy_level=level).components(calibration()).state_dict()
+    assert Components.from_state_dict(state).level == state.pop("level") == level
+    assert Components.from_state_dict(state).level == level
+    message = "level of components must be one of ['weight', 'tensor'], got 'x'"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Components.from_state_dict(state | {"level": "x"})
 
 
 def test_three_modalities_share_beta():
@@ -478,7 +487,7 @@ def test_a_group_that_the_loss_ignores_is_an_error():
     [
         (
             {"estimator": "x"},
-            "estimator must be one of ['difference', 'batch_difference', 'reactivated'], got 'x'",
+            "estimator must be one of ['difference', 'reactivated'], got 'x'",
         ),
         ({"reduction": "x"}, "reduction must be one of ['mean_of_abs', 'abs_of_mean'], got 'x'"),
         ({"combination": "x"}, "combination must be one of ['subtract', 'discount'], got 'x'"),
@@ -496,10 +505,6 @@ def test_a_group_that_the_loss_ignores_is_an_error():
         ({"alpha": 0.0}, "the combination 'discount' needs alpha > 0, got alpha=0.0"),
         ({"magnitude_share": 1.5}, "magnitude_share must be in [0, 1], got 1.5"),
         ({"redundancy_level": "x"}, "redundancy_level must be one of ['weight', 'tensor'], got 'x'"),
-        (
-            {"second_probe": "fresh", "estimator": "batch_difference"},
-            "the estimator 'batch_difference' compares the same batches: second_probe must be 'same'",
-        ),
     ],
 )
 def test_impossible_settings_are_named(changes, message):

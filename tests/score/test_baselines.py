@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from altermoma_pl import SNIP, GraSP, Masks, ProsPr, Taylor, Wanda, top_k
+from altermoma_pl.score.passes import batch_gradients
 from tests.helpers.models import Scalar, calibration, random_batches, scalar_batch, squared_error, two_tower
 
 BATCHES = [scalar_batch(1, 1, 1), scalar_batch(2, 1, 1)]
@@ -40,7 +41,7 @@ def test_snip_and_taylor_by_hand():
 def test_norm_layers_are_quiet_so_products_do_not_cancel():
     # With the batch's own statistics the loss does not depend on the scale of a filter.
     net = calibration(two_tower())
-    _, gradients = net.gradients("batch", net.probe_batches[0], net.weights)
+    _, gradients = batch_gradients(net, "batch", net.probe_batches[0], net.weights)
     weight = net.weights["camera.0.weight"].detach()
     loud = (weight * gradients["camera.0.weight"]).sum(1).abs().sum()
     seen = SNIP(1).score(net)["camera.0.weight"].sum()

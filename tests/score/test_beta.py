@@ -17,8 +17,7 @@ from torch import nn
 from altermoma_pl import AlterEva, Components, Linear, OneShot, Rewinding, choose_beta, top_k
 from altermoma_pl.callback.state import PruningState
 from altermoma_pl.model.contexts import noise_free
-from altermoma_pl.score.beta import CANDIDATES
-from altermoma_pl.score.decision import Decision
+from altermoma_pl.score.decision import CANDIDATES, Decision
 from tests.helpers.lightning_models import Fusion, assert_same, fit, num_zeros, pruner, short
 from tests.helpers.masks import shrank
 from tests.helpers.models import calibration, random_batches, snapshot, squared_error, two_tower

@@ -50,7 +50,7 @@ SMALL = {"num_probe_batches": 3, "num_reactivation_steps": 4, "learning_rate": 0
 SETTINGS = {
     "default": AlterEva(**SMALL),
     "difference": AlterEva(**SMALL, estimator="difference", combination="subtract", normalization="mean"),
-    "batch_difference": AlterEva(**SMALL, estimator="batch_difference", reduction="abs_of_mean"),
+    "abs_of_mean": AlterEva(**SMALL, reduction="abs_of_mean"),
     "adam_as_is": AlterEva(**SMALL, optimizer="adam", noise="as_is"),
     "paper": AlterEva.paper(),
 }
@@ -444,7 +444,7 @@ def broken(index, batches):
 
 @pytest.mark.filterwarnings("ignore:.*batches were asked for")
 @pytest.mark.parametrize(
-    "name", ["default", "difference", "batch_difference", "SNIP", "Taylor", "GraSP", "ProsPr"]
+    "name", ["default", "difference", "abs_of_mean", "SNIP", "Taylor", "GraSP", "ProsPr"]
 )
 def test_batches_that_are_not_finite_are_left_out(name):
     criterion = dict(MADE)[name]

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from altermoma_pl import SNIP, GraSP, Magnitude, Masks, ProsPr, SynFlow, Taylor, Wanda, top_k
-from altermoma_pl.score.passes import mean_gradients
+from altermoma_pl.score.passes import batch_gradients, mean_gradients
 from tests.helpers.models import ORACLES, calibration, covers, linear, squared_error
 
 NET = ORACLES["_net_A"]
@@ -64,7 +64,7 @@ def ones(masks):
 def signed_products(batch):
     """theta * g with its sign, from which channel scores are summed."""
     net = made()
-    _, gradients = net.gradients("the batch", batch, net.weights)
+    _, gradients = batch_gradients(net, "the batch", batch, net.weights)
     return by_layer({name: net.weights[name].detach() * g for name, g in gradients.items()})
 
 
@@ -73,7 +73,7 @@ def test_the_net():
     loss, gradients = mean_gradients(made(), made().weights, 1, "gradients")
     assert loss == NET["loss"]
     net = made()
-    close(net.gradients("both", BOTH[0], net.weights)[1], ORACLES["gradient"])
+    close(batch_gradients(net, "both", BOTH[0], net.weights)[1], ORACLES["gradient"])
     assert list(gradients) == ["W1.weight", "W2.weight"]
 
 

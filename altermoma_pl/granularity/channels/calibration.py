@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from altermoma_pl.granularity.channels.groups import Channels, owners, reduce_channels
 from altermoma_pl.mask.masks import Masks
 from altermoma_pl.model.modality import SHARED, group_of
-from altermoma_pl.score import Calibration
+from altermoma_pl.score.calibration import Calibration, Gradients, LossAndGradients, Weights
 
 
 @dataclass
@@ -67,7 +66,7 @@ class ChannelCalibration(Calibration):
                 )
 
     @cached_property
-    def masked(self) -> Mapping[str, nn.Parameter]:
+    def masked(self) -> Weights:
         """The parameters in which channels lie: weights, biases and those of norms, in the model's order."""
         own = {each.name for group in self.channels.groups for each in group.slices}
         return {name: p for name, p in self.model.named_parameters() if name in own}
@@ -99,21 +98,17 @@ class ChannelCalibration(Calibration):
         return Masks({name: kept[name].to(size.device) for name, size in self.weights.items()})
 
     def derivatives(
-        self, label: str, batch: Any, of: Mapping[str, nn.Parameter]
-    ) -> tuple[float, dict[str, Tensor]]:
-        """The loss on a batch, and its derivatives by the sizes of channels; 0 where a channel is gone."""
-        slices = [(name, each) for name in of for each in self.channels[name].slices]
+        self, gradients_of: Callable[[Weights], LossAndGradients], scored: Weights
+    ) -> LossAndGradients:
+        """The loss on a batch and its derivatives by the sizes of channels; 0 where a channel is gone."""
+        slices = [(name, each) for name in scored for each in self.channels[name].slices]
         needed = {each.name: self.masked[each.name] for _, each in slices if each.name in self.masked}
-        needed = {name: p for name, p in needed.items() if p.requires_grad}
-        loss, found = self.gradients(label, batch, needed)
+        loss, found = gradients_of({name: p for name, p in needed.items() if p.requires_grad})
         products = {name: self._reference[name] * gradient for name, gradient in found.items()}
-        sums: dict[str, Tensor] = {}
+        sums: Gradients = {}
         for name, each in slices:
             if each.name in products:
                 part = reduce_channels(products[each.name], each)
                 sums[name] = sums[name] + part if name in sums else part
-        gradients = {}
-        for name, value in sums.items():
-            size = self.weights[name].detach()
-            gradients[name] = torch.where(size > 0, value / size, 0).to(size.dtype)
-        return loss, gradients
+        sizes = {name: self.weights[name].detach() for name in sums}
+        return loss, {n: torch.where(s > 0, sums[n] / s, 0).to(s.dtype) for n, s in sizes.items()}

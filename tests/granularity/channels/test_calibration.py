@@ -10,6 +10,7 @@ from altermoma_pl import SNIP, AlterEva, Magnitude, Masks, Random, Taylor, find_
 from altermoma_pl.granularity.channels.calibration import ChannelCalibration
 from altermoma_pl.model.contexts import noise_free
 from altermoma_pl.score.criterion import Criterion
+from altermoma_pl.score.passes import batch_derivatives
 from tests.helpers.channel_models import Towers, paper
 from tests.helpers.lightning_models import MODALITIES
 from tests.helpers.models import concrete_subclasses, snapshot
@@ -73,7 +74,7 @@ def test_by_hand():
     own = by_hand(model, x, channels)
     sizes = torch.tensor([10.0, 29.0]).sqrt()  # without biases: 9 + 1, 25 + 4
     torch.testing.assert_close(own.weights["first"].detach(), sizes)
-    loss, derivatives = own.derivatives("batch", x, own.weights)
+    loss, derivatives = batch_derivatives(own, "batch", x, own.weights)
     assert loss == 41
     torch.testing.assert_close(derivatives["first"], torch.tensor([14.0, 68.0]) / sizes)
 
@@ -115,7 +116,7 @@ def test_size_times_derivative_is_that_by_a_gate():
     assert set(own.channels) == {"camera.0", "camera.3", "lidar.0", "lidar.2"}
     batch = batches(1, 3)[0]
     with noise_free(own.model):
-        _, derivatives = own.derivatives("batch", batch, own.weights)
+        _, derivatives = batch_derivatives(own, "batch", batch, own.weights)
         expected = gated_derivatives(own, batch)
     for name, size in own.weights.items():
         torch.testing.assert_close(size.detach() * derivatives[name], expected[name], rtol=1e-4, atol=1e-6)
@@ -204,7 +205,7 @@ def test_channels_that_are_gone_have_no_derivative():
     masks = pruned(dense, "camera.0", [1, 5])
     masks.apply_(dense.model)
     own = calibration(dense.model, masks)
-    _, derivatives = own.derivatives("batch", batches(1, 3)[0], own.weights)
+    _, derivatives = batch_derivatives(own, "batch", batches(1, 3)[0], own.weights)
     assert (derivatives["camera.0"] == 0).nonzero().flatten().tolist() == [1, 5]
     assert (own.weights["camera.0"] == 0).nonzero().flatten().tolist() == [1, 5]
     assert own.alive["camera.0"].tolist() == [True, False, True, True, True, False, True, True]
@@ -238,7 +239,7 @@ CRITERIA = [
     Taylor(2),
     paper(),
     AlterEva(num_probe_batches=2, num_reactivation_steps=2),
-    AlterEva(num_probe_batches=2, num_reactivation_steps=2, estimator="batch_difference", beta=1.0),
+    AlterEva(num_probe_batches=2, num_reactivation_steps=2, estimator="difference", beta=1.0),
 ]
 
 

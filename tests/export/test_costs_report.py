@@ -59,10 +59,11 @@ def test_table():
     ]
 
 
-def test_a_metric_that_is_not_finite_is_a_dash():
+def test_a_metric_that_is_not_finite_is_missing():
     report = CostReport(1, {"a": replace(DENSE, metrics={"AP": math.nan}), "b": DENSE})
     assert "AP - - -" in lines(report)
     assert json.loads(report.to_json())["costs"]["a"]["metrics"] == {"AP": None}
+    assert next(csv.DictReader(io.StringIO(report.to_csv())))["metrics.AP"] == ""
     assert math.isnan(CostReport.from_json(report.to_json()).costs["a"].metrics["AP"])
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning import LightningModule, Trainer
+from lightning import LightningModule
 from lightning.pytorch.cli import LightningCLI
 
 from examples.data.batch import Batch
@@ -14,6 +14,7 @@ from examples.data.datamodule import DrivingData
 from examples.data.dataset import EpochSampler, Frame, collate, flip
 from examples.data.geometry import in_grid, in_view, points_in_boxes, project
 from examples.grid import BEVGrid
+from tests.helpers.lightning_models import trainer
 
 REAL = Path(os.environ.get("KITTI_ROOT", Path(__file__).parents[2] / "../shared/data/kitti"))
 needs_kitti = pytest.mark.skipif(
@@ -213,24 +214,16 @@ class Recorder(LightningModule):
 
 
 def train(data, max_epochs, folder, checkpoint=None):
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=max_epochs,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-    )
+    built = trainer(max_epochs=max_epochs, num_sanity_val_steps=2, default_root_dir=folder)
     model = Recorder()
-    trainer.fit(model, datamodule=data, ckpt_path=checkpoint)
-    return trainer, model.seen
+    built.fit(model, datamodule=data, ckpt_path=checkpoint)
+    return built, model.seen
 
 
 def test_resumed_run_sees_the_order_of_an_uninterrupted_one(data, cache_dir, tmp_path):
     _, whole = train(data, 2, tmp_path)
-    trainer, first = train(data, 1, tmp_path)
-    trainer.save_checkpoint(tmp_path / "first.ckpt")
+    built, first = train(data, 1, tmp_path)
+    built.save_checkpoint(tmp_path / "first.ckpt")
     fresh = DrivingData(cache_dir=cache_dir, **SMALL)
     _, second = train(fresh, 2, tmp_path, str(tmp_path / "first.ckpt"))
     assert first + second == whole

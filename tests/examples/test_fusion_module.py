@@ -1,23 +1,16 @@
 import re
+from functools import partial
 
 import pytest
 import torch
-from lightning import Trainer, seed_everything
+from lightning import seed_everything
 from torch.utils.data import DataLoader
 
 from examples.models.module import learning_rate_factor
 from tests.helpers.fusion import make_batch, make_module
+from tests.helpers.lightning_models import trainer
 
-
-def make_trainer(**arguments):
-    return Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **arguments,
-    )
+make_trainer = partial(trainer, num_sanity_val_steps=2)
 
 
 def loader(count=3):

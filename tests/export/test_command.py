@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Trainer
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
@@ -24,6 +23,7 @@ from altermoma_pl.export.run import Run
 from altermoma_pl.granularity.channels.rebuilding import KEY, reshape_like_
 from altermoma_pl.report import figures
 from tests.helpers.conv_models import Detached, Frames, TwoTowers, frames, stacked
+from tests.helpers.lightning_models import trainer
 
 MODEL = {"class_path": "tests.helpers.conv_models.TwoTowers"}
 DATA = {"class_path": "tests.helpers.conv_models.Frames"}
@@ -37,13 +37,9 @@ def trained(path, model, **options):
     """The checkpoint of two epochs, with half pruned before the second."""
     options = {"sparsity": 0.5, "criterion": Magnitude(), "schedule": OneShot(1), "figures": False} | options
     pruning = AlterMOMACallback({"camera": ["camera"], "lidar": ["lidar"]}, **options)
-    trainer = Trainer(
-        max_epochs=2, accelerator="cpu", logger=False, callbacks=[pruning], enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=path.parent,
-        enable_checkpointing=False,
-    )  # fmt: skip
-    trainer.fit(model, datamodule=Frames())
-    trainer.save_checkpoint(path)
+    built = trainer(pruning, max_epochs=2, default_root_dir=path.parent)
+    built.fit(model, datamodule=Frames())
+    built.save_checkpoint(path)
     return str(path)
 
 
@@ -128,13 +124,9 @@ def test_states_of_optimizers_are_sliced_and_training_goes_on(slim_file, channel
     assert len(optimizer["state"]) == len(names)
     for number, state in optimizer["state"].items():
         assert state["exp_avg"].shape == saved["state_dict"][names[number]].shape
-    trainer = Trainer(
-        max_epochs=3, accelerator="cpu", logger=False, callbacks=[Slimmed(slim_file)],
-        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
-        enable_checkpointing=False,
-    )  # fmt: skip
-    trainer.fit(TwoTowers(), datamodule=Frames(), ckpt_path=slim_file)
-    assert trainer.current_epoch == 3
+    built = trainer(Slimmed(slim_file), num_sanity_val_steps=2, default_root_dir=tmp_path)
+    built.fit(TwoTowers(), datamodule=Frames(), ckpt_path=slim_file)
+    assert built.current_epoch == 3
 
 
 def test_a_state_that_cannot_be_sliced_is_left_out_with_a_note(channels, config, tmp_path):

@@ -3,11 +3,13 @@
 from altermoma_pl.callback import AlterMOMACallback, Slimmed
 from altermoma_pl.granularity import Channel, Granularity, NofM, Weight
 from altermoma_pl.granularity.channels import find_channels, slim
+from altermoma_pl.granularity.channels.calibration import ChannelCalibration
 from altermoma_pl.mask.masks import Masks
 from altermoma_pl.mask.schedules import Cubic, Exponential, Linear, OneShot, Rewinding, Schedule
 from altermoma_pl.mask.top_k import top_k
 from altermoma_pl.model.contexts import deactivated, restored
 from altermoma_pl.model.modality import Modalities
+from altermoma_pl.plain_torch import hold, prune
 from altermoma_pl.report.sparsity import SparsityReport
 from altermoma_pl.score import (
     SNIP,
@@ -32,6 +34,7 @@ __all__ = [
     "AlterMOMACallback",
     "Calibration",
     "Channel",
+    "ChannelCalibration",
     "Components",
     "Criterion",
     "Cubic",
@@ -57,6 +60,8 @@ __all__ = [
     "choose_beta",
     "deactivated",
     "find_channels",
+    "hold",
+    "prune",
     "restored",
     "slim",
     "top_k",

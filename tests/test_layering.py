@@ -1,6 +1,7 @@
 """The picture of the house: rooms in rows, imports go strictly down, Lightning stays at the top."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ ROWS = [  # lowest first; a room is a folder or a file of the package
     {"mask"},
     {"score", "enforce"},
     {"granularity", "report"},
-    {"callback"},
+    {"callback", "plain_torch"},
     {"export", "compare"},
     {"cli"},
 ]
@@ -64,6 +65,15 @@ def test_imports_go_down():
 def test_each_room_stands_in_one_row():
     assert len(FLOOR) == sum(map(len, ROWS)) == len({room for room, _ in files_of(PACKAGE)})
     assert len(ROWS) <= 8
+
+
+def test_the_picture_of_the_house_is_that_of_the_layering_test():
+    text = (PACKAGE.parent / "examples" / "guides" / "internals.md").read_text()
+    rows = re.findall(r"^\| (\d) \| (.*) \|$", text, re.MULTILINE)
+    expected = [
+        (str(floor), ", ".join(f"`{room}`" for room in sorted(row))) for floor, row in enumerate(ROWS, 1)
+    ]
+    assert rows == expected
 
 
 @pytest.mark.parametrize(

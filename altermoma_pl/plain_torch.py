@@ -70,7 +70,7 @@ def prune(
     for batches in (probe_batches, training_batches):
         if isinstance(batches, Iterator):
             raise TypeError("batches are read several times, a generator only once: give a list or a loader")
-    fields = {
+    fields: dict[str, Any] = {
         "model": model, "loss_fn": loss_fn, "modalities": modalities, "prunable": prunable,
         "probe_batches": probe_batches, "training_batches": training_batches, "masks": masks, "seed": seed,
     }  # fmt: skip

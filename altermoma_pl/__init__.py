@@ -1,5 +1,7 @@
 """Fusion redundancy pruning for multi-sensor models trained with PyTorch Lightning."""
 
+from importlib.metadata import PackageNotFoundError, version
+
 from altermoma_pl.callback import AlterMOMACallback, Slimmed
 from altermoma_pl.granularity import Channel, Granularity, NofM, Weight
 from altermoma_pl.granularity.channels import find_channels, slim
@@ -26,7 +28,11 @@ from altermoma_pl.score import (
     Wanda,
     choose_beta,
 )
-from altermoma_pl.version import __version__ as __version__
+
+try:
+    __version__ = version("altermoma-pl")  # pyproject.toml is the only source
+except PackageNotFoundError:  # imported from a folder that was never installed
+    __version__ = "0+unknown"
 
 __all__ = [
     "SNIP",

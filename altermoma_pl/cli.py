@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from altermoma_pl import __version__
 from altermoma_pl.callback import AlterMOMACallback
 from altermoma_pl.callback.checkpoints import load_checkpoint, pruning_states_of
 from altermoma_pl.granularity.channels.rebuilding import KEY
 from altermoma_pl.report import figures as drawing
 from altermoma_pl.report.tables import to_json
-from altermoma_pl.version import __version__
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser

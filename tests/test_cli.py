@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-import altermoma_pl.version
+import altermoma_pl
 from altermoma_pl.callback.checkpoints import load_pruning_state
 from altermoma_pl.cli import main
 from altermoma_pl.report import figures
@@ -344,8 +344,8 @@ def test_version_of_a_folder_that_is_not_installed(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(importlib.metadata, "version", absent)
-        assert importlib.reload(altermoma_pl.version).__version__ == "0+unknown"
-    importlib.reload(altermoma_pl.version)
+        assert importlib.reload(altermoma_pl).__version__ == "0+unknown"
+    importlib.reload(altermoma_pl)
 
 
 @pytest.mark.parametrize(

@@ -108,14 +108,6 @@ def report(
         format: Of what is printed.
         figures: A folder; figures are also written there (needs matplotlib).
         trust: Load a checkpoint that holds other objects than tensors and builtins, which can run code.
-
-    Returns:
-        The text to print.
-
-    Raises:
-        ModuleNotFoundError: If figures are wanted and matplotlib is missing.
-        OSError: If the file cannot be read.
-        ValueError: If it is damaged, holds no pruning state, or other objects.
     """
     from altermoma_pl.export.slim_report import SlimReport
 

@@ -30,7 +30,7 @@ def recalibrate_(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn
     norms = [m for m in model.modules() if isinstance(m, kind) and m.running_mean is not None]
     if not norms:
         raise ValueError(f"{type(model).__name__} has no batch norm with running statistics to measure anew")
-    momenta = [norm.momentum for norm in norms]
+    momenta = {norm: norm.momentum for norm in norms}
     count = 0
     try:
         with modes_restored(model):
@@ -45,7 +45,7 @@ def recalibrate_(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn
                 forward(model, batch)
                 count += 1
     finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
+        for norm, momentum in momenta.items():
             norm.momentum = momentum
     if count == 0:
         raise ValueError("there is no batch to measure running statistics on")

@@ -54,9 +54,6 @@ def to_torch_export(model: nn.Module, example_inputs: Any, path: str | Path, dyn
         dynamic: Whether the first dimension of each input may vary. Then the example needs at least two
             of everything.
 
-    Returns:
-        The path.
-
     Raises:
         ValueError: The model does not accept the example, or cannot be traced; the message says where.
     """
@@ -82,9 +79,6 @@ def to_onnx(
             operators; older versions are converted to, which works for simple models only.
         dynamic: Whether the first dimension of each input may vary. Then the example needs at least two
             of everything.
-
-    Returns:
-        The path.
 
     Raises:
         ModuleNotFoundError: The extra `export` is not installed.
@@ -159,17 +153,16 @@ def check_onnx(path: str | Path, model: nn.Module, inputs: Any) -> float:
         found = session.run(names, {name: tensors[name].detach().numpy() for name in wanted})
     except Exception as error:  # onnxruntime has a class of its own for each kind
         raise ValueError(f"{path} does not accept the inputs {shapes_of(tensors)}: {error}") from error
-    differences = {
-        name: _relative_difference(torch.from_numpy(value), expected[name])
-        for name, value in zip(names, found, strict=True)
-    }
-    for name, difference in differences.items():
+    largest = 0.0
+    for name, value in zip(names, found, strict=True):
+        difference = _relative_difference(torch.from_numpy(value), expected[name])
+        largest = max(largest, difference)
         if not difference <= TOLERANCE:  # NaN, too
             raise ValueError(
                 f"output {name!r} of {path} differs by {difference:.2g} of its scale from that of "
                 f"{type(model).__name__}; {TOLERANCE:g} is allowed"
             )
-    return max(differences.values())
+    return largest
 
 
 def _check_names(model: nn.Module, inputs: list[str], outputs: list[str]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from altermoma_pl.model.contexts import bits_of
 from altermoma_pl.model.distributed import full, is_sharded, local, sharded_like, sums
 
-_CHUNK = 2**18  # elements; the mask becomes integers of the tensor's width, which then fit in the cache
+_IN_CACHE = 2**18  # elements; the mask becomes integers of the tensor's width, which then fit in the cache
 
 
 class Masks(Mapping[str, Tensor]):
@@ -178,10 +178,10 @@ def keep_only_(tensor: Tensor, mask: Tensor) -> None:
         tensor.masked_fill_(~mask, 0)
         return
     bits = bits_of(tensor)
-    if tensor.numel() <= _CHUNK or tensor.is_cuda:
+    if tensor.numel() <= _IN_CACHE or tensor.is_cuda:
         bits.mul_(mask)
         return
-    rows = max(1, _CHUNK * len(tensor) // tensor.numel())
+    rows = max(1, _IN_CACHE * len(tensor) // tensor.numel())
     for part, kept in zip(torch.split(bits, rows), torch.split(mask, rows), strict=True):
         part.mul_(kept)
 

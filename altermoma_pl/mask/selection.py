@@ -61,13 +61,18 @@ class Selection:
             raise ValueError(
                 f"scores of {whole} are whole on each process, others are sharded: shard all or none"
             )
+        # Not like the scores: masks lie row-major whatever the layout of those.
         self._kept = {
             name: torch.zeros(local(score).shape, dtype=torch.bool, device=score.device)
             for name, score in scores.items()
         }
-        self._begun: set[str] = set()  # of which something is kept
-        self.num_alive: dict[str, int] = self._count_alive()
+        self._begun: set[str] = set()  # of which something is kept: only then must reading pass over it
+        self.num_alive = {name: score.numel() for name, score in scores.items()}
         """Parameter name -> number of weights that compete, of all processes."""
+        if within is not None:
+            self.num_alive = self._of_all(
+                {name: int(_own_rows(within[name], score).count_nonzero()) for name, score in scores.items()}
+            )
 
     @property
     def kept(self) -> dict[str, Tensor]:
@@ -90,6 +95,7 @@ class Selection:
         order = self._by_score(names)
         key, left, equal = kth_largest(order, count, lambda: self.check_finite(names))
         if left < equal and self._ties is not None:
+            # Second scores are read here only: they may be computed, and most often nothing is tied.
             self._keep_(order, key + 1)
             order = self._by_tie(order, key)
             key, left, equal = kth_largest(order, left)
@@ -99,9 +105,7 @@ class Selection:
 
     def count_kept(self, names: list[str]) -> dict[str, int]:
         """Parameter name -> number of weights that are kept, of all processes."""
-        counts = [int(self._kept[name].count_nonzero()) for name in names]
-        totals = map(int, sums(counts)) if self._sharded else counts
-        return dict(zip(names, totals, strict=True))
+        return self._of_all({name: int(self._kept[name].count_nonzero()) for name in names})
 
     def forget_(self, names: list[str]) -> None:
         """Keep nothing of these parameters."""
@@ -125,6 +129,7 @@ class Selection:
             if self._ties is not None and bool((inside == outside).any()):
                 ties = self._tie(name) if ties is None else ties
                 second = ordered(ties[rows].flatten(1), common_dtype([ties.dtype]))
+                # A stable sort by the first key of what is sorted by the second one is by both.
                 order = second.argsort(dim=1, descending=True, stable=True)
                 order = order.gather(1, keys.gather(1, order).argsort(dim=1, descending=True, stable=True))
             kept.scatter_(1, order[:, :count], True)
@@ -134,36 +139,32 @@ class Selection:
         score = self._scores[name]
         fewest = score.shape[1:].numel()
         if self._within is not None:
-            for _, (alive,) in blocks(_rows(self._within[name], score)):
+            for _, (alive,) in blocks(_own_rows(self._within[name], score)):
                 fewest = min(fewest, int(alive.sum(1).min()))
         return min(found for (found,) in gathered([fewest])) if self._sharded else fewest
 
     def check_finite(self, names: Sequence[str]) -> None:
         """Raise a `ValueError` with the name of the first parameter whose competing scores are not finite."""
+        bad = dict.fromkeys(names, 0)
         for name in names:
-            bad = 0
             for score, *alive in pieces(*self._competing(name)):
                 wrong = ~torch.isfinite(score)
-                bad += int((wrong & alive[0] if alive else wrong).count_nonzero())
-            bad = self._total(bad)
-            if bad:
-                raise ValueError(f"score of {name!r} is not finite at {bad} weights")
+                bad[name] += int((wrong & alive[0] if alive else wrong).count_nonzero())
+        # Added up before the first is raised, so that all processes raise the same error.
+        for name, count in self._of_all(bad).items():
+            if count:
+                raise ValueError(f"score of {name!r} is not finite at {count} weights")
 
     def _competing(self, name: str) -> list[Tensor]:
         """The rows of a score and, if not all weights compete, which do."""
         score = self._scores[name]
         rows = [local(score).detach()]
-        return rows if self._within is None else [*rows, _rows(self._within[name], score)]
+        return rows if self._within is None else [*rows, _own_rows(self._within[name], score)]
 
-    def _count_alive(self) -> dict[str, int]:
-        if self._within is None:
-            return {name: score.numel() for name, score in self._scores.items()}
-        counts = [int(_rows(self._within[n], s).count_nonzero()) for n, s in self._scores.items()]
-        totals = map(int, sums(counts)) if self._sharded else counts
-        return dict(zip(self._scores, totals, strict=True))
-
-    def _total(self, count: int) -> int:
-        return int(sums([count])[0]) if self._sharded else count
+    def _of_all(self, counts: dict[str, int]) -> dict[str, int]:
+        """The sums over processes."""
+        totals = sums(list(counts.values())) if self._sharded else counts.values()
+        return dict(zip(counts, map(int, totals), strict=True))
 
     def _tie(self, name: str) -> Tensor:
         score, tie = self._scores[name], self._ties[name]  # type: ignore[index]
@@ -171,7 +172,7 @@ class Selection:
             raise ValueError(
                 f"score of {name!r} has shape {tuple(score.shape)}, its tie breaker {tuple(tie.shape)}"
             )
-        return _rows(tie, score)
+        return _own_rows(tie, score)
 
     def _by_score(self, names: list[str]) -> Order:
         dtype = common_dtype([self._scores[name].dtype for name in names])
@@ -213,6 +214,8 @@ class Selection:
         own = list(count_equal(order, key).values())
         equal = gathered(own) if self._sharded else [own]
         process, left = rank() if self._sharded else 0, {}
+        # Positions run through a tensor's rows on all processes before the next tensor's, so what a process
+        # may keep of a tensor is what those before it leave of the count.
         for i, name in enumerate(order.names):
             each = [counts[i] for counts in equal]
             left[name] = min(max(count - sum(each[:process]), 0), own[i])
@@ -226,6 +229,6 @@ class Selection:
             kept |= first
 
 
-def _rows(tensor: Tensor, score: Tensor) -> Tensor:
+def _own_rows(tensor: Tensor, score: Tensor) -> Tensor:
     """What this process holds of a tensor, placed like the score."""
     return local(tensor if isinstance(tensor, DTensor) else sharded_like(tensor, score)).detach()

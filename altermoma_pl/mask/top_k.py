@@ -106,24 +106,27 @@ def _scopes(
     groups: Mapping[str, str] | None,
 ) -> Iterator[tuple[str, list[str], float]]:
     """Label, parameter names and target of each set over which weights compete."""
-    if isinstance(sparsity, Mapping) and scope != "modality":
-        raise ValueError(f"one sparsity for each modality needs the scope 'modality', got {scope!r}")
-    if not isinstance(sparsity, Mapping):
-        check_sparsity(sparsity)
-    if scope == "global":
-        yield "the model", list(scores), sparsity  # type: ignore[misc]
+    if scope == "modality":
+        members = _members(scores, groups)
     elif scope in ("layer", "row"):
-        for name in scores:
-            yield f"{name!r}", [name], sparsity  # type: ignore[misc]
-    elif scope == "modality":
-        yield from _modality_scopes(scores, sparsity, groups)
+        members = {name: [name] for name in scores}
+    elif scope == "global":
+        members = {"the model": list(scores)}
     else:
         raise ValueError(f"scope must be one of {list(get_args(Scope))}, got {scope!r}")
+    if not isinstance(sparsity, Mapping):
+        check_sparsity(sparsity)
+        sparsity = dict.fromkeys(members, sparsity)
+    elif scope != "modality":
+        raise ValueError(f"one sparsity for each modality needs the scope 'modality', got {scope!r}")
+    if sparsity.keys() != members.keys():
+        raise ValueError(f"sparsity names {sorted(sparsity)}, the groups with weights are {sorted(members)}")
+    for group, names in members.items():
+        check_sparsity(sparsity[group], f"sparsity of {group!r}")
+        yield group if scope == "global" else f"{group!r}", names, sparsity[group]
 
 
-def _modality_scopes(
-    scores: Mapping[str, Tensor], sparsity: float | Mapping[str, float], groups: Mapping[str, str] | None
-) -> Iterator[tuple[str, list[str], float]]:
+def _members(scores: Mapping[str, Tensor], groups: Mapping[str, str] | None) -> dict[str, list[str]]:
     if groups is None:
         raise ValueError("the scope 'modality' needs the group of each parameter in `groups`")
     missing = [name for name in scores if name not in groups]
@@ -132,12 +135,7 @@ def _modality_scopes(
     members: dict[str, list[str]] = {}
     for name in scores:
         members.setdefault(groups[name], []).append(name)
-    shares = sparsity if isinstance(sparsity, Mapping) else dict.fromkeys(members, sparsity)
-    if shares.keys() != members.keys():
-        raise ValueError(f"sparsity names {sorted(shares)}, the groups with weights are {sorted(members)}")
-    for group, names in members.items():
-        check_sparsity(shares[group], f"sparsity of {group!r}")
-        yield f"{group!r}", names, shares[group]
+    return members
 
 
 def _keep_best_(

@@ -104,7 +104,9 @@ def sums(values: Sequence[float]) -> list[float]:
     """The sum over all processes of each number; whole numbers up to 2^53 are exact."""
     if num_processes() == 1:
         return list(values)
-    return [float(x) for x in sum_(torch.tensor(values, dtype=torch.float64, device=_device())).tolist()]
+    return [
+        float(x) for x in sum_(torch.tensor(values, dtype=torch.float64, device=_sending_device())).tolist()
+    ]
 
 
 def total(tensor: Tensor) -> float:
@@ -117,7 +119,7 @@ def gathered(values: Sequence[int]) -> list[list[int]]:
     """The whole numbers of each process, in the order of processes."""
     if num_processes() == 1:
         return [list(values)]
-    own = torch.tensor(values, dtype=torch.int64, device=_device())
+    own = torch.tensor(values, dtype=torch.int64, device=_sending_device())
     others = [torch.empty_like(own) for _ in range(num_processes())]
     dist.all_gather(others, own)
     return [other.tolist() for other in others]
@@ -133,7 +135,7 @@ def of_first(value: T) -> T:
     if num_processes() == 1:
         return value
     held = [value]
-    dist.broadcast_object_list(held, src=0, device=_device())
+    dist.broadcast_object_list(held, src=0, device=_sending_device())
     return held[0]
 
 
@@ -176,6 +178,6 @@ def together(expected: type[Exception]) -> Iterator[None]:
         raise kind(f"process {list(failures)} failed, so this one cannot go on: see its message")
 
 
-def _device() -> torch.device:
+def _sending_device() -> torch.device:
     """Where tensors must be to be sent."""
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")

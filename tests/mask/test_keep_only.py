@@ -60,7 +60,7 @@ def test_bit_for_bit_whatever_type_layout_and_chunk(shape, dtype, layouts, chunk
     mask = LAYOUTS[layouts[1]](torch.rand(shape, generator=generator) < 0.5)
     wanted, strides, memory = expected(tensor, mask), tensor.stride(), tensor.data_ptr()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(masks, "_CHUNK", chunk)
+        patch.setattr(masks, "_IN_CACHE", chunk)
         apply(tensor, mask)
     assert torch.equal(as_bytes(tensor), as_bytes(wanted))
     assert (tensor.stride(), tensor.data_ptr()) == (strides, memory)
@@ -69,7 +69,7 @@ def test_bit_for_bit_whatever_type_layout_and_chunk(shape, dtype, layouts, chunk
 @pytest.mark.parametrize("extra", [-1, 0, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sizes_around_the_chunk(extra, dtype):
-    size = masks._CHUNK + extra
+    size = masks._IN_CACHE + extra
     generator = torch.Generator().manual_seed(0)
     for shape in ((size,), (1, size), (size, 1), (2, size)):
         tensor = torch.randn(shape, generator=generator).to(dtype)

@@ -125,11 +125,7 @@ class Masks(Mapping[str, Tensor]):
     def to(self, model: nn.Module) -> Masks:
         """The same masks, each on the device of its parameter in `model`, and sharded as that is."""
         parameters = dict(model.named_parameters())
-        placed = {}
-        for name, mask in self.items():
-            parameter = parameters[name]
-            placed[name] = mask.to(parameter.device) if is_sharded([mask]) else sharded_like(mask, parameter)
-        return Masks(placed)
+        return Masks({name: sharded_like(mask, parameters[name]) for name, mask in self.items()})
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """One bit per weight: parameter name -> `{"shape": list, "bits": uint8 tensor on the CPU}`.

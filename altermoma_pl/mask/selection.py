@@ -231,4 +231,4 @@ class Selection:
 
 def _own_rows(tensor: Tensor, score: Tensor) -> Tensor:
     """What this process holds of a tensor, placed like the score."""
-    return local(tensor if isinstance(tensor, DTensor) else sharded_like(tensor, score)).detach()
+    return local(sharded_like(tensor, score)).detach()

@@ -33,8 +33,8 @@ def restored(model: nn.Module) -> Iterator[Callable[[], None]]:
         A function that brings back the same state at once; the context goes on.
     """
     undo = [each for module in model.modules() for each in _undo(vars(module), depth=2)]
+    undo.extend(_undo_draws())
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    generators = _generator_states()
 
     def reset() -> None:
         for bring_back in undo:
@@ -42,7 +42,6 @@ def restored(model: nn.Module) -> Iterator[Callable[[], None]]:
         for parameter, requires_grad, _ in parameters:
             parameter.requires_grad_(requires_grad)
             parameter.grad = None
-        _set_generator_states(generators)
 
     for parameter, _, _ in parameters:
         parameter.grad = None
@@ -68,11 +67,12 @@ def modes_restored(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def generators_restored() -> Iterator[None]:
     """Bring the generators of torch (CPU and CUDA), numpy and `random` back on exit."""
-    states = _generator_states()
+    undo = list(_undo_draws())
     try:
         yield
     finally:
-        _set_generator_states(states)
+        for bring_back in undo:
+            bring_back()
 
 
 @contextmanager
@@ -140,7 +140,7 @@ def _is_noisy(module: nn.Module) -> bool:
     return isinstance(module, _DROPOUTS) or type(module).__name__ in _STOCHASTIC_DEPTH
 
 
-def _undo(value: Any, depth: int) -> Iterator[Callable[[], None]]:
+def _undo(value: Any, depth: int) -> Iterator[Callable[[], object]]:
     """What brings back the content of a tensor, or of a container and what it holds to the given depth.
 
     The same objects are filled again, because others may hold a reference to them. Only exact
@@ -182,19 +182,12 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(bits_of(one), bits_of(other))
 
 
-def _generator_states() -> dict[str, Any]:
-    states: dict[str, Any] = {"torch": torch.get_rng_state(), "random": random.getstate()}
+def _undo_draws() -> Iterator[Callable[[], object]]:
+    """What brings back each generator of random numbers."""
+    yield partial(torch.set_rng_state, torch.get_rng_state())
+    yield partial(random.setstate, random.getstate())
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        states["cuda"] = torch.cuda.get_rng_state_all()
+        yield partial(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all())
     if "numpy" in sys.modules:
-        states["numpy"] = sys.modules["numpy"].random.get_state()
-    return states
-
-
-def _set_generator_states(states: dict[str, Any]) -> None:
-    torch.set_rng_state(states["torch"])
-    random.setstate(states["random"])
-    if "cuda" in states:
-        torch.cuda.set_rng_state_all(states["cuda"])
-    if "numpy" in states:
-        sys.modules["numpy"].random.set_state(states["numpy"])
+        numpy = sys.modules["numpy"].random
+        yield partial(numpy.set_state, numpy.get_state())

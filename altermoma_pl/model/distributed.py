@@ -78,14 +78,14 @@ def like(rows: Tensor, reference: Tensor) -> Tensor:
     )
 
 
-def sharded_like(full: Tensor, reference: Tensor) -> Tensor:
-    """The same values, divided and placed as `reference` is."""
-    if not isinstance(reference, DTensor):
-        return full.to(reference.device)
+def sharded_like(tensor: Tensor, reference: Tensor) -> Tensor:
+    """The same values, placed as `reference` is and divided like it, if they are not divided yet."""
+    if isinstance(tensor, DTensor) or not isinstance(reference, DTensor):
+        return tensor.to(reference.device)
     mesh = reference.device_mesh
-    num_rows = -(-full.shape[0] // mesh.size())
+    num_rows = -(-tensor.shape[0] // mesh.size())
     first = mesh.get_local_rank() * num_rows
-    return like(full[first : first + num_rows].to(reference.device), reference)
+    return like(tensor[first : first + num_rows].to(reference.device), reference)
 
 
 def full(tensor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import cycle
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from altermoma_pl.compare.statistics import Estimate
 from altermoma_pl.compare.summary import KEPT, Summary, condition_label, percent
@@ -24,7 +24,7 @@ _STYLES = ("-", "--", "-.", ":")
 _FEWEST_FOR_A_CURVE = 3
 
 
-def draw(summary: Summary) -> dict[str, Figure]:
+def draw_comparison(summary: Summary) -> dict[str, Figure]:
     """Name -> figure, of all that the comparison allows."""
     drawn = {}
     for metric in summary.grid.benchmark.metrics:
@@ -42,12 +42,19 @@ def over_sparsity(summary: Summary, metric: str) -> Figure:
     """Lines: the mean of a metric at each sparsity, with bands of its 95 % interval."""
     figure, axes = new_axes(width=7.5, height=4.8)
     sparsities = sorted(summary.grid.sparsities)
-    for name, style in _method_styles(summary).items():
+    for index, name in enumerate(summary.grid.methods):
         found = [summary.estimate(name, sparsity, metric) for sparsity in sparsities]
-        axes.plot(sparsities, [e.mean for e in found], label=name, markersize=5, **style)
-        if all(math.isfinite(e.half_width) for e in found):
+        lap, place = divmod(index, len(COLOURS))  # colours come round again with other markers and lines
+        look = {
+            "color": COLOURS[place],
+            "marker": MARKERS[(index + lap) % len(MARKERS)],
+            "linestyle": _STYLES[lap % len(_STYLES)],
+            "linewidth": 2.4 if name == summary.reference else 1.4,
+        }
+        axes.plot(sparsities, [e.mean for e in found], label=name, markersize=5, **look)
+        if _error_bars(found):
             low, high = [e.low for e in found], [e.high for e in found]
-            axes.fill_between(sparsities, low, high, color=style["color"], alpha=0.1, linewidth=0)
+            axes.fill_between(sparsities, low, high, color=look["color"], alpha=0.1, linewidth=0)
     dense = summary.dense_estimate(metric)
     if dense is not None:
         axes.axhline(dense.mean, color="black", linewidth=0.8, linestyle=(0, (1, 2)), label="dense")
@@ -92,15 +99,9 @@ def over_beta(summary: Summary, metric: str) -> Figure:
     family = beta_family(summary)
     for sparsity, colour, marker in zip(summary.grid.sparsities, cycle(COLOURS), cycle(MARKERS)):
         found = [summary.estimate(name, sparsity, metric) for _, name in family]
-        axes.errorbar(
-            [ratio for ratio, _ in family],
-            [e.mean for e in found],
-            yerr=_error_bars(found),
-            color=colour,
-            marker=marker,
-            capsize=3,
-            label=percent(sparsity),
-        )
+        look = {"color": colour, "marker": marker, "capsize": 3, "label": percent(sparsity)}
+        ratios, means = [ratio for ratio, _ in family], [e.mean for e in found]
+        axes.errorbar(ratios, means, yerr=_error_bars(found), **look)
     axes.set_xlabel("beta / alpha")
     axes.set_ylabel(f"{metric} ({summary.grid.benchmark.metrics[metric]} is better)")
     figure.legend(loc="outside right upper", title="sparsity", fontsize=8)
@@ -109,13 +110,10 @@ def over_beta(summary: Summary, metric: str) -> Figure:
 
 def _bars(summary: Summary, names: Sequence[str], labels: Sequence[str], label: str) -> Figure:
     """Grouped bars with error bars: methods downwards, one bar for each name, one panel a sparsity."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     methods, sparsities = list(summary.grid.methods), summary.grid.sparsities
     height = 1.6 + len(methods) * (0.12 + 0.12 * len(names))
-    figure = Figure(figsize=(3 + 2.6 * len(sparsities), height), layout="constrained", dpi=120)
-    FigureCanvasAgg(figure)
+    figure, axes = new_axes(width=3 + 2.6 * len(sparsities), height=height)
+    axes.remove()  # panels instead
     panels = figure.subplots(1, len(sparsities), sharey=True, sharex=True, squeeze=False)[0]
     colours = (*COLOURS[:2], SHARED_COLOUR, *COLOURS[2:])  # camera, LiDAR, shared as in the other figures
     thickness = 0.8 / len(names)
@@ -140,17 +138,3 @@ def _bars(summary: Summary, names: Sequence[str], labels: Sequence[str], label: 
 def _error_bars(found: Sequence[Estimate]) -> list[float] | None:
     widths = [e.half_width for e in found]
     return widths if all(math.isfinite(width) for width in widths) else None
-
-
-def _method_styles(summary: Summary) -> dict[str, dict[str, Any]]:
-    """Method -> colour, marker and line style; colours come round again with other markers and lines."""
-    styles: dict[str, dict[str, Any]] = {}
-    for index, name in enumerate(summary.grid.methods):
-        lap = index // len(COLOURS)
-        style = {
-            "color": COLOURS[index % len(COLOURS)],
-            "marker": MARKERS[(index + lap) % len(MARKERS)],
-            "linestyle": _STYLES[lap % len(_STYLES)],
-        }
-        styles[name] = style | {"linewidth": 2.4 if name == summary.reference else 1.4}
-    return styles

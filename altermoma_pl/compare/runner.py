@@ -14,7 +14,7 @@ from rich.console import Console
 import altermoma_pl.report.figures as figures
 from altermoma_pl.callback import AlterMOMACallback
 from altermoma_pl.compare.benchmark import Benchmark, Method, Values
-from altermoma_pl.compare.figures import draw
+from altermoma_pl.compare.figures import draw_comparison
 from altermoma_pl.compare.grid import Cell, Grid, Store, parse_shard, write_whole
 from altermoma_pl.compare.progress import Watch
 from altermoma_pl.compare.summary import Summary
@@ -102,7 +102,7 @@ def compare(
     summary = Summary.of(grid, store, reference)
     summary.save(store.root)
     if figures.available():
-        figures.save(draw(summary), store.root / "figures")
+        figures.save(draw_comparison(summary), store.root / "figures")
     summary.print()
     console.print(f"Tables and figures are in {store.root}", markup=False)
     return summary

@@ -25,15 +25,15 @@ def ticks(labels):
 
 def test_what_is_drawn_depends_on_what_there_is():
     few = ["iou_over_sparsity", "iou_by_condition", "loss_over_sparsity", "kept_share"]
-    assert list(figures.draw(summary())) == few
+    assert list(figures.draw_comparison(summary())) == few
     many = [*few[:1], "iou_over_beta", *few[1:3], "loss_over_beta", "kept_share"]
-    assert list(figures.draw(summary(BETAS))) == many
+    assert list(figures.draw_comparison(summary(BETAS))) == many
 
 
 def test_a_metric_with_a_slash_makes_a_file_name(monkeypatch):
     found = summary(**{"val/iou": 1.0})
     monkeypatch.setattr(type(found.grid.benchmark), "metrics", {"val/iou": "higher"})
-    assert list(figures.draw(found)) == ["val_iou_over_sparsity", "kept_share"]
+    assert list(figures.draw_comparison(found)) == ["val_iou_over_sparsity", "kept_share"]
 
 
 def test_lines_over_sparsity():

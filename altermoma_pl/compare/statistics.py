@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean
 
-from scipy.stats import t
-
-CONFIDENCE = 0.95
+from scipy.stats import sem, t
 
 
 @dataclass(frozen=True)
@@ -34,8 +32,8 @@ class Estimate:
             return cls(math.nan, math.nan, count)
         if count == 1:
             return cls(values[0], math.inf, count)
-        quantile = float(t.ppf((1 + CONFIDENCE) / 2, count - 1))
-        return cls(fmean(values), quantile * stdev(values) / math.sqrt(count), count)
+        # Not `ttest_1samp`'s interval: scipy warns where all values are equal.
+        return cls(fmean(values), float(t.ppf(0.975, count - 1) * sem(values)), count)
 
     @property
     def low(self) -> float:

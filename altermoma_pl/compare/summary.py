@@ -2,64 +2,25 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import math
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+import pandas as pd
 
 from altermoma_pl.compare.benchmark import Values
 from altermoma_pl.compare.grid import Cell, Grid, Store, write_whole
 from altermoma_pl.compare.statistics import Estimate, paired_difference
+from altermoma_pl.report.tables import Table, to_json
 
 SECONDS = "seconds/"
 KEPT = "kept/"
-_WIDE = 200  # columns where there is no terminal: tables take what they need
-_LATEX = str.maketrans(
-    {character: rf"\{character}" for character in "_%&$#{}"}
-    | {"±": r"$\pm$", "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-)
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """A table: title, header, and rows as long as the header."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-    def rich(self) -> Table:
-        """For a terminal."""
-        table = Table(title=Text(self.title), title_justify="left")
-        for index, name in enumerate(self.header):
-            table.add_column(Text(name), justify="right" if index else "left")
-        for row in self.rows:
-            table.add_row(*map(Text, row))
-        return table
-
-    def markdown(self) -> str:
-        """For a page."""
-        rule = ("---", *["---:"] * (len(self.header) - 1))
-        rows = ([cell.replace("|", r"\|") for cell in row] for row in (self.header, rule, *self.rows))
-        return f"**{self.title}**\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
-
-    def latex(self) -> str:
-        """For a paper: a `tabular` with booktabs' rules."""
-        rows = ([cell.translate(_LATEX) for cell in row] for row in (self.header, *self.rows))
-        head, *body = (" & ".join(row) + r" \\" for row in rows)
-        columns = "l" + "r" * (len(self.header) - 1)
-        lines = [f"% {self.title}", rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule"]
-        return "\n".join([*lines, *body, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
 @dataclass(frozen=True)
@@ -97,10 +58,25 @@ class Summary:
                     raise ValueError(f"{cell} measured {sorted(found)}, but not {metric!r} as promised")
         return cls(grid, reference, dense, values)
 
+    @cached_property
+    def frame(self) -> pd.DataFrame:
+        """A row for each number: method, sparsity, seed, name, value; without times, which do not repeat."""
+        runs = [("dense", 0.0, seed, values) for seed, values in self.dense.items()]
+        runs += [(cell.method, cell.sparsity, cell.seed, values) for cell, values in self.values.items()]
+        rows = [(*run, *item) for *run, values in runs for item in values.items()]
+        frame = pd.DataFrame(rows, columns=["method", "sparsity", "seed", "name", "value"])
+        return frame[~frame["name"].str.startswith(SECONDS)]
+
+    @cached_property
+    def _by_seed(self) -> dict[tuple[str, float], pd.DataFrame]:
+        """(method, sparsity) -> a row for each seed, a column for each name; NaN where not measured."""
+        index = pd.MultiIndex.from_tuples([(c.method, c.sparsity, c.seed) for c in self.values])
+        runs = pd.DataFrame(list(self.values.values()), index)
+        return {key: rows.droplevel([0, 1]) for key, rows in runs.groupby(level=[0, 1])}
+
     def over_seeds(self, method: str, sparsity: float, name: str) -> list[float]:
         """The values of one quantity, one for each seed; NaN where it was not measured."""
-        cells = (Cell(seed, sparsity, method) for seed in self.grid.seeds)
-        return [self.values[cell].get(name, math.nan) for cell in cells]
+        return self._by_seed[method, sparsity].reindex(columns=[name])[name].tolist()
 
     def estimate(self, method: str, sparsity: float, name: str) -> Estimate:
         """Mean over seeds with its interval."""
@@ -108,9 +84,10 @@ class Summary:
 
     def advantage(self, method: str, sparsity: float, name: str) -> Estimate:
         """How much better the reference is than a method, over paired seeds; positive is better."""
-        sign = -1 if self.grid.benchmark.metrics.get(name) == "lower" else 1
-        ours = [sign * v for v in self.over_seeds(self.reference, sparsity, name)]
-        return paired_difference(ours, [sign * v for v in self.over_seeds(method, sparsity, name)])
+        ours, theirs = (self.over_seeds(m, sparsity, name) for m in (self.reference, method))
+        if self.grid.benchmark.metrics.get(name) == "lower":
+            ours, theirs = theirs, ours
+        return paired_difference(ours, theirs)
 
     def dense_estimate(self, name: str) -> Estimate | None:
         """Of the dense models, if that was measured of them."""
@@ -119,9 +96,9 @@ class Summary:
 
     def share_of_dense(self, method: str, sparsity: float, name: str) -> float:
         """Mean over seeds of a metric as a share of the dense model's; NaN where that is unknown or 0."""
-        pruned = self.over_seeds(method, sparsity, name)
-        dense = [self.dense[seed].get(name, math.nan) for seed in self.grid.seeds]
-        return sum(p / d if d else math.nan for p, d in zip(pruned, dense, strict=True)) / len(pruned)
+        pruned = pd.Series(self.over_seeds(method, sparsity, name))
+        dense = pd.Series([self.dense[seed].get(name, math.nan) for seed in self.grid.seeds])
+        return float((pruned / dense.replace(0, math.nan)).mean(skipna=False))
 
     @cached_property
     def other_names(self) -> list[str]:
@@ -134,69 +111,57 @@ class Summary:
         """Names under which a metric was measured in other conditions, such as `miou/camera_dropped`."""
         return [name for name in self.other_names if name.startswith(f"{metric}/")]
 
-    def sheets(self) -> list[Sheet]:
+    def tables(self) -> list[Table]:
         """The tables of results: they repeat exactly, which times do not."""
         grid = self.grid
-        sheets = [self._metric_sheet(name, s) for name in grid.benchmark.metrics for s in grid.sparsities]
-        return sheets + [self._detail_sheet(sparsity) for sparsity in grid.sparsities]
+        tables = [self._metric_table(name, s) for name in grid.benchmark.metrics for s in grid.sparsities]
+        return tables + [self._detail_table(sparsity) for sparsity in grid.sparsities]
 
-    def cost_sheet(self) -> Sheet:
+    def cost_table(self) -> Table:
         """Seconds of a run, mean over sparsities and seeds."""
-        names = ("seconds/scoring", "seconds/all")
-        rows = []
-        for method in self.grid.methods:
-            found = [v for cell, v in self.values.items() if cell.method == method]
-            rows.append((method, *(f"{sum(v[n] for v in found) / len(found):.2f}" for n in names)))
-        return Sheet("Seconds of one run", ("method", "scoring", "all"), tuple(rows))
+        names = ["scoring", "all"]
+        costs = {m: pd.concat([self._by_seed[m, s] for s in self.grid.sparsities]) for m in self.grid.methods}
+        rows = [(m, *(f"{runs[SECONDS + name].mean():.2f}" for name in names)) for m, runs in costs.items()]
+        return Table("Seconds of one run", ("method", *names), tuple(rows))
 
     def print(self) -> None:
-        """Show the tables."""
-        console = Console(width=shutil.get_terminal_size(fallback=(_WIDE, 24)).columns)
-        for sheet in (*self.sheets(), self.cost_sheet()):
-            console.print(sheet.rich())
+        """Show the tables, whole where there is no terminal."""
+        width = shutil.get_terminal_size(fallback=(200, 24)).columns
+        for table in (*self.tables(), self.cost_table()):
+            sys.stdout.write(table.to_text(width) + "\n")
 
     def save(self, folder: Path) -> None:
         """Write tables.{md,tex}, results.csv, summary.json and cost.md."""
-        sheets = self.sheets()
-        write_whole(folder / "tables.md", "\n".join(sheet.markdown() for sheet in sheets))
-        write_whole(folder / "tables.tex", "\n".join(sheet.latex() for sheet in sheets))
-        write_whole(folder / "cost.md", self.cost_sheet().markdown())
+        tables = self.tables()
+        write_whole(folder / "tables.md", "\n".join(table.to_markdown() for table in tables))
+        write_whole(folder / "tables.tex", "\n".join(table.to_latex() for table in tables))
+        write_whole(folder / "cost.md", self.cost_table().to_markdown())
         write_whole(folder / "results.csv", self.to_csv())
         write_whole(folder / "summary.json", self.to_json())
 
     def to_csv(self) -> str:
         """One line for each number: method, sparsity, seed, name, value; times left out."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(("method", "sparsity", "seed", "name", "value"))
-        runs = [(("dense", 0.0, seed), values) for seed, values in self.dense.items()]
-        runs += [((cell.method, cell.sparsity, cell.seed), values) for cell, values in self.values.items()]
-        for run, values in runs:
-            writer.writerows((*run, n, v) for n, v in values.items() if not n.startswith(SECONDS))
-        return text.getvalue()
+        return self.frame.to_csv(index=False, na_rep="nan", lineterminator="\n")
 
     def to_json(self) -> str:
         """Every estimate, and the advantage of the reference in each metric; null for what is not finite."""
-        names = dict.fromkeys(
-            n for values in self.dense.values() for n in values if not n.startswith(SECONDS)
-        )
-        found = ((name, self.dense_estimate(name)) for name in names)
-        dense = {name: _finite(asdict(estimate)) for name, estimate in found if estimate}
+        names = self.frame["name"][self.frame["method"] == "dense"].unique()
+        found = {name: self.dense_estimate(name) for name in names}
+        dense = {name: asdict(estimate) for name, estimate in found.items() if estimate}
         content = {"reference": self.reference, "dense": dense, "results": list(self._entries())}
-        return json.dumps(content, indent=1, allow_nan=False) + "\n"
+        return to_json(content, indent=1) + "\n"
 
     def _entries(self) -> Iterator[dict[str, Any]]:
-        for sparsity in self.grid.sparsities:
-            for method in self.grid.methods:
-                for name in (*self.grid.benchmark.metrics, *self.other_names):
-                    entry = {"method": method, "sparsity": sparsity, "name": name}
-                    entry |= _finite(asdict(self.estimate(method, sparsity, name)))
-                    if name in self.grid.benchmark.metrics:
-                        entry["share_of_dense"] = _number(self.share_of_dense(method, sparsity, name))
-                        entry["advantage"] = _finite(asdict(self.advantage(method, sparsity, name)))
-                    yield entry
+        for sparsity, method in product(self.grid.sparsities, self.grid.methods):
+            for name in (*self.grid.benchmark.metrics, *self.other_names):
+                entry = {"method": method, "sparsity": sparsity, "name": name}
+                entry |= asdict(self.estimate(method, sparsity, name))
+                if name in self.grid.benchmark.metrics:
+                    entry["share_of_dense"] = self.share_of_dense(method, sparsity, name)
+                    entry["advantage"] = asdict(self.advantage(method, sparsity, name))
+                yield entry
 
-    def _metric_sheet(self, metric: str, sparsity: float) -> Sheet:
+    def _metric_table(self, metric: str, sparsity: float) -> Table:
         """Mean and interval, share of dense, advantage of the reference, and means by condition."""
         dense, conditions = self.dense_estimate(metric), self.conditions(metric)
         title = f"{metric} at {percent(sparsity)} sparsity, {self.grid.benchmark.metrics[metric]} is better"
@@ -204,24 +169,24 @@ class Summary:
         header = ("method", metric, *(["of dense"] if dense else []), f"{self.reference} better by", *labels)
         rows = []
         if dense:
-            rows.append(("dense", dense.text(), "", "", *(_cell(self._dense_mean(n)) for n in conditions)))
+            rows.append(("dense", dense.text(), "", "", *(_rounded(self._dense_mean(n)) for n in conditions)))
         for method in self.grid.methods:
-            share = [_cell(self.share_of_dense(method, sparsity, metric))] if dense else []
+            share = [_rounded(self.share_of_dense(method, sparsity, metric))] if dense else []
             ahead = "" if method == self.reference else self.advantage(method, sparsity, metric).interval()
-            means = (_cell(self.estimate(method, sparsity, name).mean) for name in conditions)
+            means = (_rounded(self.estimate(method, sparsity, name).mean) for name in conditions)
             rows.append((method, self.estimate(method, sparsity, metric).text(), *share, ahead, *means))
-        return Sheet(title, header, tuple(rows))
+        return Table(title, header, tuple(rows))
 
-    def _detail_sheet(self, sparsity: float) -> Sheet:
+    def _detail_table(self, sparsity: float) -> Table:
         """Kept shares, and what else is no metric."""
         shown = {name for metric in self.grid.benchmark.metrics for name in self.conditions(metric)}
         names = [name for name in self.other_names if name not in shown]
         header = ("method", *(name.replace("_", " ").replace("/", " ") for name in names))
         rows = [
-            (method, *(_cell(self.estimate(method, sparsity, name).mean) for name in names))
+            (method, *(_rounded(self.estimate(method, sparsity, name).mean) for name in names))
             for method in self.grid.methods
         ]
-        return Sheet(f"Kept shares at {percent(sparsity)} sparsity, means over seeds", header, tuple(rows))
+        return Table(f"Kept shares at {percent(sparsity)} sparsity, means over seeds", header, tuple(rows))
 
     def _dense_mean(self, name: str) -> float:
         found = self.dense_estimate(name)
@@ -238,14 +203,5 @@ def percent(sparsity: float) -> str:
     return f"{100 * sparsity:g}%"
 
 
-def _cell(value: float) -> str:
+def _rounded(value: float) -> str:
     return f"{value:.3f}" if math.isfinite(value) else ""
-
-
-def _number(value: float) -> float | None:
-    """Strict json knows neither NaN nor infinity."""
-    return value if math.isfinite(value) else None
-
-
-def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
-    return {name: _number(value) for name, value in values.items()}

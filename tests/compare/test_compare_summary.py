@@ -6,11 +6,10 @@ import math
 from dataclasses import replace
 
 import pytest
-from rich.console import Console
 
 from altermoma_pl.compare import Estimate, Summary
 from altermoma_pl.compare.grid import Store
-from altermoma_pl.compare.summary import Sheet
+from altermoma_pl.report.tables import Table
 from tests.helpers.summaries import FIRST, summary
 from tests.helpers.toy import strict_json
 
@@ -51,31 +50,25 @@ a|b [paper] & 0.500 $\pm$ 1.271 & 0.500 & +0.100 [+0.100, +0.100] & 0.250 \\
 """
 
 
-def shown(table):
-    console = Console(file=io.StringIO(), width=120)
-    console.print(table)
-    return console.file.getvalue()
-
-
 def test_markdown():
-    assert [sheet.markdown() for sheet in summary().sheets()] == MARKDOWN
+    assert [table.to_markdown() for table in summary().tables()] == MARKDOWN
 
 
 def test_latex():
-    assert summary().sheets()[0].latex() == LATEX
+    assert summary().tables()[0].to_latex() == LATEX
 
 
 def test_latex_escapes_its_characters():
-    sheet = Sheet("t", (r"_%&$#{}~^\ ",), ())
+    table = Table("t", (r"_%&$#{}~^\ ",), ())
     expected = r"\_\%\&\$\#\{\}\textasciitilde{}\textasciicircum{}\textbackslash{}  \\"
-    assert sheet.latex().splitlines()[3] == expected
+    assert table.to_latex().splitlines()[3] == expected
 
 
 def test_a_terminal_shows_every_cell_as_it_is():
-    for sheet in summary().sheets():
-        text = shown(sheet.rich())
-        assert all(cell in text for row in (sheet.header, *sheet.rows) for cell in row)
-        assert text.split("┏")[0].split() == sheet.title.split()
+    for table in summary().tables():
+        text = table.to_text(120)
+        assert all(cell in text for row in (table.header, *table.rows) for cell in row)
+        assert text.split("┏")[0].split() == table.title.split()
 
 
 def test_print_does_not_break_lines_in_a_log_file(capsys, monkeypatch):
@@ -106,8 +99,8 @@ def test_share_of_dense():
 
 def test_times_stand_in_the_table_of_costs_alone():
     found = summary()
-    assert found.cost_sheet().rows == (("ours_1", "0.50", "2.50"), ("a|b [paper]", "0.50", "2.50"))
-    texts = [*(sheet.markdown() for sheet in found.sheets()), found.to_csv(), found.to_json()]
+    assert found.cost_table().rows == (("ours_1", "0.50", "2.50"), ("a|b [paper]", "0.50", "2.50"))
+    texts = [*(table.to_markdown() for table in found.tables()), found.to_csv(), found.to_json()]
     assert not [text for text in texts if "seconds" in text]
 
 
@@ -141,15 +134,15 @@ def test_json_is_strict_and_complete():
 def test_what_one_method_alone_measures_is_left_empty_for_the_others():
     found = summary()
     more = {cell: v | ({"extra": 1.0} if cell.method == "ours_1" else {}) for cell, v in found.values.items()}
-    sheet = replace(found, values=more).sheets()[-1]
-    assert sheet.header[-1] == "extra"
-    assert [row[-1] for row in sheet.rows] == ["1.000", ""]
+    table = replace(found, values=more).tables()[-1]
+    assert table.header[-1] == "extra"
+    assert [row[-1] for row in table.rows] == ["1.000", ""]
 
 
 def test_a_diverged_run_shows_as_nan_and_breaks_nothing(tmp_path):
     found = summary(iou=math.inf)
-    assert found.sheets()[0].rows[1][1:4] == ("nan", "", "")
-    assert found.sheets()[0].rows[2][1:4] == ("nan", "", "nan")
+    assert found.tables()[0].rows[1][1:4] == ("nan", "", "")
+    assert found.tables()[0].rows[2][1:4] == ("nan", "", "nan")
     found.save(tmp_path)
 
 

@@ -117,7 +117,8 @@ class Store:
 
     def __init__(self, root: Path, dense: Path | None = None) -> None:
         self.root = root
-        self._dense, self._cells = dense or root / "dense", root / "cells"
+        # Absolute, for workers that start in another folder.
+        self._dense, self._cells = (dense or root / "dense").absolute(), (root / "cells").absolute()
 
     def dense(self, grid: Grid, seed: int) -> Path:
         """Folder of the dense model, which is trained if it is not there; others wait meanwhile."""
@@ -125,7 +126,11 @@ class Store:
         self._dense.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):  # the system releases it even if this process is killed
             if not folder.is_dir():
-                self._train_dense(grid, seed, folder)
+                temporary = folder.with_name(f".{folder.name}")
+                shutil.rmtree(temporary, ignore_errors=True)  # what a training left that failed or was killed
+                temporary.mkdir()
+                (temporary / VALUES).write_text(_to_text(grid.benchmark.train_dense(seed, temporary)))
+                temporary.rename(folder)
         return folder
 
     def dense_values(self, grid: Grid, seed: int) -> Values | None:
@@ -139,19 +144,11 @@ class Store:
     def save(self, grid: Grid, cell: Cell, values: Values) -> None:
         """Keep what was measured in a cell."""
         self._cells.mkdir(parents=True, exist_ok=True)
-        write_whole(self._cells / f"{grid.cell_key(cell)}.json", _to_json(values))
+        write_whole(self._cells / f"{grid.cell_key(cell)}.json", _to_text(values))
 
     def missing(self, grid: Grid) -> list[Cell]:
         """The cells that are not done."""
         return [cell for cell in grid.cells if self.values(grid, cell) is None]
-
-    def _train_dense(self, grid: Grid, seed: int, folder: Path) -> None:
-        temporary = folder.with_name(f".{folder.name}")
-        shutil.rmtree(temporary, ignore_errors=True)  # what a training left that failed or was killed
-        temporary.mkdir()
-        values = grid.benchmark.train_dense(seed, temporary)
-        (temporary / VALUES).write_text(_to_json(values))
-        temporary.rename(folder)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -161,7 +158,7 @@ def write_whole(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def _to_json(values: Values) -> str:
+def _to_text(values: Values) -> str:
     """As text; `float` is for tensors and numpy's numbers, which metrics like to return."""
     return json.dumps({name: float(value) for name, value in values.items()}, indent=1) + "\n"
 

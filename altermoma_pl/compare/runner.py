@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -9,16 +10,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from joblib import parallel_config
 from rich.console import Console
 
 import altermoma_pl.report.figures as figures
 from altermoma_pl.callback import AlterMOMACallback
+from altermoma_pl.compare.attempts import Failure, attempt, follow
 from altermoma_pl.compare.benchmark import Benchmark, Method, Values
 from altermoma_pl.compare.figures import draw_comparison
 from altermoma_pl.compare.grid import Cell, Grid, Store, parse_shard, write_whole
-from altermoma_pl.compare.progress import Watch
 from altermoma_pl.compare.summary import Summary
-from altermoma_pl.compare.workers import Failure, Workers
 from altermoma_pl.granularity import Granularity
 from altermoma_pl.mask.schedules import Cubic, Schedule
 from altermoma_pl.mask.top_k import Scope
@@ -40,6 +41,8 @@ def compare(
     jobs: int = 1,
     threads: int = 1,
     shard: str = "1/1",
+    backend: str | None = None,
+    backend_options: dict[str, Any] | None = None,
 ) -> Summary | None:
     """Compare methods on a benchmark: methods x sparsities x seeds, from the same dense models.
 
@@ -67,6 +70,9 @@ def compare(
         threads: CPU threads of each. Results may depend on it in the last bits, on `jobs` they do not.
         shard: "i/n": do only part i, from 1, of n, for jobs of a cluster that share `output_dir`. The one
             that ends last makes the tables.
+        backend: What runs the jobs, by joblib's name: "loky" for processes of this machine, "dask" for a
+            cluster that sees `output_dir`. None for that of an enclosing `joblib.parallel_config`, or "loky".
+        backend_options: Arguments of the backend, such as `scheduler_host` of Dask.
 
     Returns:
         The summary, or None as long as other shards have cells to do.
@@ -93,7 +99,8 @@ def compare(
     index, count = parse_shard(shard)
     store = Store(Path(output_dir), Path(dense_dir) if dense_dir else None)
     console = Console(highlight=False, soft_wrap=True)
-    failures = _run(grid, store, grid.shard(index, count), jobs)
+    with parallel_config(backend, **backend_options or {}) if backend else contextlib.nullcontext():
+        failures = _run(grid, store, grid.shard(index, count), jobs)
     _check_failures(failures, store.root / f"failures-{index}-of-{count}.txt")
     left = len(store.missing(grid))
     if left:
@@ -111,23 +118,20 @@ def compare(
 def run_cell(grid: Grid, store: Store, cell: Cell) -> None:
     """Prune, measure, and keep the result."""
     folder = store.dense(grid, cell.seed)
-    method = grid.methods[cell.method]
-    # Plain options again: those of the callback have types of their own.
+    options = dict(vars(grid.methods[cell.method]))
+    num_epochs = options.pop("num_epochs")
+    # Plain collections again: those of a benchmark may be of any type.
     callback = AlterMOMACallback(
         modalities={name: list(patterns) for name, patterns in grid.benchmark.modalities.items()},
         sparsity=cell.sparsity,
-        criterion=method.criterion,
-        schedule=method.schedule or Cubic(),
-        scope=method.scope or "global",
-        min_density=method.min_density or 0.0,
         prunable=list(grid.benchmark.prunable),
         seed=cell.seed,
         figures=False,
-        granularity=method.granularity or "weight",
         store_components=False,
+        **options,
     )
     started = time.perf_counter()
-    values = dict(grid.benchmark.prune(cell.seed, folder, callback, method.num_epochs or 1))
+    values = dict(grid.benchmark.prune(cell.seed, folder, callback, num_epochs))
     store.save(grid, cell, values | _of_callback(callback, time.perf_counter() - started))
 
 
@@ -159,14 +163,14 @@ def _run(grid: Grid, store: Store, cells: Sequence[Cell], jobs: int) -> dict[str
     seeds = dict.fromkeys(cell.seed for cell in cells)
     absent = [seed for seed in seeds if store.dense_values(grid, seed) is None]
     todo = [cell for cell in cells if store.values(grid, cell) is None]
-    with Workers(jobs, grid.threads) as workers, Watch() as watch:
-        dense = {f"dense model of seed {seed}": partial(store.dense, grid, seed) for seed in absent}
-        attempts = workers.attempt(dense)
-        failures = watch.follow("dense models", attempts, len(seeds) - len(absent), len(seeds))
-        # A dense model that cannot be trained would be tried, in vain, by each of its cells.
-        possible = [cell for cell in todo if store.dense_values(grid, cell.seed) is not None]
-        attempts = workers.attempt({str(cell): partial(run_cell, grid, store, cell) for cell in possible})
-        return failures | watch.follow("cells", attempts, len(cells) - len(todo), len(cells))
+    dense = {f"dense model of seed {seed}": partial(store.dense, grid, seed) for seed in absent}
+    attempts = attempt(dense, jobs, grid.threads)
+    failures = follow("dense models", attempts, len(seeds) - len(absent), len(seeds))
+    # A dense model that cannot be trained would be tried, in vain, by each of its cells.
+    possible = [cell for cell in todo if store.dense_values(grid, cell.seed) is not None]
+    pruned = {str(cell): partial(run_cell, grid, store, cell) for cell in possible}
+    attempts = attempt(pruned, jobs, grid.threads)
+    return failures | follow("cells", attempts, len(cells) - len(todo), len(cells))
 
 
 def _check_failures(failures: Mapping[str, Failure], log: Path) -> None:

@@ -7,9 +7,8 @@ import warnings
 
 import pytest
 
-from altermoma_pl.compare import progress
-from altermoma_pl.compare.progress import Watch, time_left
-from altermoma_pl.compare.workers import Failure, Workers
+from altermoma_pl.compare import attempts as module
+from altermoma_pl.compare.attempts import Failure, attempt, follow, time_left
 
 
 class Clock:
@@ -24,10 +23,9 @@ class Clock:
 def told(monkeypatch, step, num=10, failing=()):
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
-    monkeypatch.setattr(progress, "time", Clock(step))
+    monkeypatch.setattr(module, "time", Clock(step))
     attempts = [(f"c{i}", Failure("Oh()", "") if i in failing else None) for i in range(num)]
-    with Watch() as watch:
-        failures = watch.follow("cells", attempts, 5, 5 + num)
+    failures = follow("cells", attempts, 5, 5 + num)
     return stream.getvalue().splitlines(), failures
 
 
@@ -73,8 +71,7 @@ def chatter():
 
 
 def test_tasks_are_quiet_and_only_they(capsys, caplog):
-    with Workers(1, 1) as workers:
-        assert list(workers.attempt({"a": chatter})) == [("a", None)]
+    assert list(attempt({"a": chatter}, 1, 1)) == [("a", None)]
     assert capsys.readouterr() == ("", "")
     assert caplog.records == []
     logging.getLogger("altermoma").warning("heard")
@@ -85,5 +82,5 @@ def test_an_interrupt_is_no_failure():
     def interrupted():
         raise KeyboardInterrupt
 
-    with Workers(1, 1) as workers, pytest.raises(KeyboardInterrupt):
-        list(workers.attempt({"a": interrupted}))
+    with pytest.raises(KeyboardInterrupt):
+        list(attempt({"a": interrupted}, 1, 1))

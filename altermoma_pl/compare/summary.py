@@ -76,7 +76,7 @@ class Summary:
 
     def over_seeds(self, method: str, sparsity: float, name: str) -> list[float]:
         """The values of one quantity, one for each seed; NaN where it was not measured."""
-        return self._by_seed[method, sparsity].reindex(columns=[name])[name].tolist()
+        return list(self._by_seed[method, sparsity].reindex(columns=[name])[name])
 
     def estimate(self, method: str, sparsity: float, name: str) -> Estimate:
         """Mean over seeds with its interval."""
@@ -141,7 +141,7 @@ class Summary:
 
     def to_csv(self) -> str:
         """One line for each number: method, sparsity, seed, name, value; times left out."""
-        return self.frame.to_csv(index=False, na_rep="nan", lineterminator="\n")
+        return str(self.frame.to_csv(index=False, na_rep="nan", lineterminator="\n"))
 
     def to_json(self) -> str:
         """Every estimate, and the advantage of the reference in each metric; null for what is not finite."""

@@ -73,10 +73,10 @@ def follow(what: str, attempts: Attempts, done: int, total: int) -> dict[str, Fa
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[left]}"))
     failures, started = {}, time.monotonic()
     spoken = started
-    if not console.is_terminal:
+    in_lines = not console.is_terminal
+    if in_lines:
         console.print(f"{what}: {done} of {total} are done")
-    description = TextColumn("{task.description}")
-    with Progress(description, *columns, console=console, disable=not console.is_terminal) as progress:
+    with Progress(TextColumn("{task.description}"), *columns, console=console, disable=in_lines) as progress:
         bar = progress.add_task(what, completed=done, total=total, left="")
         for count, (name, failure) in enumerate(attempts, start=1):
             now = time.monotonic()
@@ -86,7 +86,7 @@ def follow(what: str, attempts: Attempts, done: int, total: int) -> dict[str, Fa
                 failures[name] = failure
                 console.print(f"failed: {name}: {failure.reason}")
             due = now - spoken >= _SECONDS_BETWEEN_LINES or done + count == total
-            if due and not console.is_terminal:
+            if in_lines and due:
                 console.print(f"{what}: {done + count} of {total} are done, {left}")
                 spoken = now
     return failures
@@ -99,7 +99,7 @@ def time_left(seconds: float, done: int, total: int) -> str:
 
 def _attempt(name: str, task: Callable[[], object], threads: int) -> tuple[str, Failure | None]:
     try:
-        with _ALONE, _quiet(), _threads(threads):
+        with _ALONE, _settled(threads):
             task()
     except Exception as error:
         return name, Failure(repr(error), traceback.format_exc())
@@ -118,23 +118,15 @@ def _end_with(parent: int) -> None:
 
 
 @contextlib.contextmanager
-def _threads(num: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(num)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Tables, hints and warnings of hundreds of short runs would hide the progress."""
-    before = logging.root.manager.disable
+def _settled(threads: int) -> Iterator[None]:
+    """So many CPU threads, and quiet: what hundreds of short runs have to say would hide the progress."""
+    disabled, num_threads = logging.root.manager.disable, torch.get_num_threads()
     logging.disable(logging.WARNING)
+    torch.set_num_threads(threads)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(before)
+        logging.disable(disabled)
+        torch.set_num_threads(num_threads)

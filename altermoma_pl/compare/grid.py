@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from filelock import FileLock
@@ -72,12 +73,7 @@ class Grid:
     @property
     def cells(self) -> list[Cell]:
         """All of them, seed by seed, so that a shard needs few dense models."""
-        return [
-            Cell(seed, sparsity, method)
-            for seed in self.seeds
-            for sparsity in self.sparsities
-            for method in self.methods
-        ]
+        return [Cell(*run) for run in product(self.seeds, self.sparsities, self.methods)]
 
     def shard(self, index: int, count: int) -> list[Cell]:
         """Part `index`, from 1, of `count` parts of about the same size."""
@@ -143,7 +139,6 @@ class Store:
 
     def save(self, grid: Grid, cell: Cell, values: Values) -> None:
         """Keep what was measured in a cell."""
-        self._cells.mkdir(parents=True, exist_ok=True)
         write_whole(self._cells / f"{grid.cell_key(cell)}.json", _to_text(values))
 
     def missing(self, grid: Grid) -> list[Cell]:
@@ -153,6 +148,7 @@ class Store:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file that is either there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text)
     temporary.replace(path)

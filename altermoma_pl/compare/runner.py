@@ -81,13 +81,8 @@ def compare(
         ValueError: If an option is out of range or a schedule does not fit in its epochs.
         RuntimeError: If runs failed; the others are done and kept.
     """
-    defaults = {
-        "schedule": schedule,
-        "num_epochs": num_epochs,
-        "scope": scope,
-        "min_density": min_density,
-        "granularity": granularity,
-    }
+    defaults = {"schedule": schedule, "num_epochs": num_epochs, "scope": scope}
+    defaults |= {"min_density": min_density, "granularity": granularity}
     complete = {name: _completed(name, method, defaults) for name, method in methods.items()}
     chosen = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
     grid = Grid(benchmark, complete, tuple(sparsities), chosen, threads)

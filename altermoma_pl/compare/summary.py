@@ -169,7 +169,8 @@ class Summary:
         header = ("method", metric, *(["of dense"] if dense else []), f"{self.reference} better by", *labels)
         rows = []
         if dense:
-            rows.append(("dense", dense.text(), "", "", *(_rounded(self._dense_mean(n)) for n in conditions)))
+            means = (_rounded(e.mean) if e else "" for e in map(self.dense_estimate, conditions))
+            rows.append(("dense", dense.text(), "", "", *means))
         for method in self.grid.methods:
             share = [_rounded(self.share_of_dense(method, sparsity, metric))] if dense else []
             ahead = "" if method == self.reference else self.advantage(method, sparsity, metric).interval()
@@ -187,10 +188,6 @@ class Summary:
             for method in self.grid.methods
         ]
         return Table(f"Kept shares at {percent(sparsity)} sparsity, means over seeds", header, tuple(rows))
-
-    def _dense_mean(self, name: str) -> float:
-        found = self.dense_estimate(name)
-        return found.mean if found else math.nan
 
 
 def condition_label(name: str) -> str:

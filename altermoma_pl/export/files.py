@@ -20,7 +20,7 @@ from altermoma_pl.export.program import exporters_silenced, first_line, program_
 from altermoma_pl.export.tensors import example_tensors, map_inputs, output_tensors, shapes_of
 from altermoma_pl.model.contexts import restored
 
-TOLERANCE = 1e-4
+MAX_DIFFERENCE = 1e-4
 """Largest difference of an output of ONNX from that of torch, relative to its largest absolute value."""
 
 
@@ -157,10 +157,10 @@ def check_onnx(path: str | Path, model: nn.Module, inputs: Any) -> float:
     for name, value in zip(names, found, strict=True):
         difference = _relative_difference(torch.from_numpy(value), expected[name])
         largest = max(largest, difference)
-        if not difference <= TOLERANCE:  # NaN, too
+        if not difference <= MAX_DIFFERENCE:  # NaN, too
             raise ValueError(
                 f"output {name!r} of {path} differs by {difference:.2g} of its scale from that of "
-                f"{type(model).__name__}; {TOLERANCE:g} is allowed"
+                f"{type(model).__name__}; {MAX_DIFFERENCE:g} is allowed"
             )
     return largest
 

@@ -38,17 +38,19 @@ def program_of(
             ) from error
         if not outputs:
             raise ValueError(f"{type(model).__name__} gives no tensor: nothing can be exported")
-        program = _traced(named, tensors, dynamic, model)
+        program = _exported_program(named, tensors, dynamic, model)
         used = _used(program, tensors)
         if dynamic:
             _check_rows(used)
         if len(used) < len(tensors):
             named = _by_name(model, example_inputs, list(used))
-            program = _traced(named, used, dynamic, model)
+            program = _exported_program(named, used, dynamic, model)
     return program, list(used), outputs
 
 
-def _traced(named: nn.Module, tensors: dict[str, Tensor], dynamic: bool, model: nn.Module) -> ExportedProgram:
+def _exported_program(
+    named: nn.Module, tensors: dict[str, Tensor], dynamic: bool, model: nn.Module
+) -> ExportedProgram:
     # One row, or none, is no size that can vary; if the input does not matter, that is no error.
     shapes = {name: {0: Dim.DYNAMIC} if t.dim() and len(t) > 1 else None for name, t in tensors.items()}
     try:

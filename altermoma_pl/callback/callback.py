@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
 
 from altermoma_pl.callback.announcement import announce
 from altermoma_pl.callback.channels import calibration_for, trace_channels
@@ -176,9 +174,9 @@ class AlterMOMACallback(Stateful):
         anew = trainer.global_step == 0
         point = None if anew else self._state.rewind_point
         if not _is_trial(trainer):
-            shortfall = self._shortfall(self._state)
-            check_not_late(self.schedule, trainer.current_epoch, shortfall)
-            if shortfall:
+            missing = self._grain.missing(self.sparsity, self._ranking(self._state))
+            check_not_late(self.schedule, trainer.current_epoch, missing, self._grain.share_of)
+            if missing:
                 check_rewindable(self.schedule, point, trainer.current_epoch)
         if point is not None and self.schedule.rewinds_to is not None:
             point.check_fits(trainer, pl_module)
@@ -214,9 +212,10 @@ class AlterMOMACallback(Stateful):
         self._hold(trainer, pl_module)
         if self._grain.by_channel and self._traced is None:
             return  # no training, so that no channels were looked for
-        shortfall = self._shortfall(self._state)
+        missing = self._grain.missing(self.sparsity, self._ranking(self._state))
+        sparsity = self.report().sparsity
         if trainer.is_global_zero:
-            warn_if_short(self.schedule, self.report().sparsity, shortfall)
+            warn_if_short(self.schedule, sparsity, missing, self._grain.share_of)
 
     # What happens in an event, and before the first.
 
@@ -236,7 +235,7 @@ class AlterMOMACallback(Stateful):
         for other in self._others(trainer):
             check_disjoint(masks, other.masks or (), self.name, other.name)
         state = replace(self._state, masks=masks, group_of=calibration.owner_of)
-        self._shortfall(state)  # raises if floors or earlier masks leave no room for the last event
+        self._grain.check_reachable(self.sparsity, self._ranking(state))
         self._release()
         self._state = state
         self._enforcement = Enforcement(module, masks, trainer.optimizers)
@@ -262,12 +261,11 @@ class AlterMOMACallback(Stateful):
         self._scoring_seconds += seconds
         announce(trainer, state, decision.components, seconds, self.name, self.output_dir, self.figures)
 
-    def _ranking(self, state: PruningState, magnitudes: Mapping[str, Tensor] | None = None) -> Ranking:
-        return state.ranking(self.scope, self.min_density, magnitudes, self._traced, self._input_dims)
-
-    def _shortfall(self, state: PruningState) -> str:
-        """What is missing to the last target, in words."""
-        return self._grain.shortfall(self.sparsity, self._ranking(state))
+    def _ranking(self, state: PruningState) -> Ranking:
+        if state.masks is None:
+            raise ValueError("there are no masks to rank within: nothing was found to prune yet")
+        within, dims = self._traced, self._input_dims
+        return Ranking(state.masks, state.group_of, self.scope, self.min_density, None, within, dims)
 
     def _target(self, epoch: int) -> Sparsity:
         pruned = self._grain.pruned(self._ranking(self._state), isinstance(self.sparsity, dict))
@@ -280,7 +278,7 @@ class AlterMOMACallback(Stateful):
             calibration = self._calibration(trainer, module, *batches)
             weights = calibration.weights
             magnitudes = Computed(weights, lambda name: weights[name].detach().abs())
-            ranking = self._ranking(self._state, magnitudes)
+            ranking = replace(self._ranking(self._state), tie_breaker=magnitudes)
             return decide(self.criterion, calibration, lambda s: self._grain.masks(s, target, ranking))
 
     def _calibration(self, trainer: Trainer, module: LightningModule, *batches: Any) -> Calibration:

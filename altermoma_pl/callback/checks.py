@@ -147,21 +147,22 @@ def check_long_enough(schedule: Schedule, max_epochs: int | None) -> None:
         )
 
 
-def check_not_late(schedule: Schedule, epoch: int, shortfall: str) -> None:
+def check_not_late(schedule: Schedule, epoch: int, missing: float, share_of: str) -> None:
     """Raise a `ValueError` if a run that starts at `epoch` has missed an event that it needs."""
-    if epoch > schedule.last_epoch and shortfall:
+    if epoch > schedule.last_epoch and missing:
         raise ValueError(
             f"the last event of {schedule} is at epoch {schedule.last_epoch}, but this run goes on at epoch "
-            f"{epoch}, where {shortfall}: let the schedule end later"
+            f"{epoch}, where a share of {missing:.4g} of the {share_of} is still to be pruned: let the "
+            f"schedule end later"
         )
 
 
-def warn_if_short(schedule: Schedule, sparsity: float, shortfall: str) -> None:
+def warn_if_short(schedule: Schedule, sparsity: float, missing: float, share_of: str) -> None:
     """Warn if training ended before the last event, for example by `max_steps` or `max_time`."""
-    if shortfall:
+    if missing:
         warnings.warn(
-            f"training ended at a sparsity of {sparsity:.4g}; {shortfall}: the last event of {schedule} is "
-            f"at epoch {schedule.last_epoch}",
+            f"training ended at a sparsity of {sparsity:.4g}, a share of {missing:.4g} of the {share_of} is "
+            f"still to be pruned: the last event of {schedule} is at epoch {schedule.last_epoch}",
             stacklevel=3,
         )
 

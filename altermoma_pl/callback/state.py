@@ -7,13 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor
-
 from altermoma_pl.callback.rewinding import RewindPoint
 from altermoma_pl.callback.state_checks import check_components, check_epoch, check_events, check_groups
-from altermoma_pl.granularity import Ranking, Traced
+from altermoma_pl.granularity import Traced
 from altermoma_pl.mask.masks import Masks
-from altermoma_pl.mask.top_k import Scope
 from altermoma_pl.report.sparsity import SparsityReport
 from altermoma_pl.score import Components
 from altermoma_pl.score.decision import Decision
@@ -101,23 +98,6 @@ class PruningState:
     def losses(self) -> dict[str, float]:
         """Losses that the latest event measured."""
         return self.events[-1]["losses"] if self.events else {}
-
-    def ranking(
-        self,
-        scope: Scope,
-        min_density: float,
-        magnitudes: Mapping[str, Tensor] | None,
-        traced: Traced | None,
-        input_dims: Mapping[str, int],
-    ) -> Ranking:
-        """What the scores of the next event are ranked within.
-
-        Raises:
-            ValueError: If there are no masks.
-        """
-        if self.masks is None:
-            raise ValueError("there are no masks to rank within: nothing was found to prune yet")
-        return Ranking(self.masks, self.group_of, scope, min_density, magnitudes, traced, input_dims)
 
     def record(
         self,

@@ -65,6 +65,11 @@ class Granularity(ABC):
     shardable = False
     """Whether parameters may be sharded over processes."""
 
+    @property
+    def share_of(self) -> str:
+        """What the sparsity is a share of."""
+        return "weights"
+
     def trace(self, model: nn.Module, forward: Forward, prunable: list[str]) -> Traced:
         """The channels of a model, where those are pruned."""
         raise NotImplementedError(f"{type(self).__name__} needs no channels")
@@ -89,12 +94,12 @@ class Granularity(ABC):
         """
 
     @abstractmethod
-    def shortfall(self, sparsity: Sparsity, ranking: Ranking) -> str:
-        """What is missing to the sparsity, in words; empty if nothing is.
+    def check_reachable(self, sparsity: Sparsity, ranking: Ranking) -> None:
+        """Raise a `ValueError` if floors or earlier masks leave no room for the sparsity."""
 
-        Raises:
-            ValueError: If it can never be reached.
-        """
+    @abstractmethod
+    def missing(self, sparsity: Sparsity, ranking: Ranking) -> float:
+        """The share that is still to go of what the sparsity counts; 0.0 where nothing is."""
 
 
 def shares_pruned(

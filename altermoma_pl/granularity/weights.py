@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from altermoma_pl.granularity.base import Granularity, Ranking, Sparsity, shares_pruned
-from altermoma_pl.mask.computed import Computed
 from altermoma_pl.mask.masks import Masks
-from altermoma_pl.mask.n_of_m import keep_n_of_m
-from altermoma_pl.mask.top_k import Scope, top_k
+from altermoma_pl.mask.n_of_m import check_blocks_left, keep_n_of_m
+from altermoma_pl.mask.top_k import Scope, num_kept, top_k
 from altermoma_pl.score import Criterion
 
 
@@ -47,13 +45,15 @@ class Weight(Granularity):
             ranking.group_of,
         )
 
-    def shortfall(self, sparsity: Sparsity, ranking: Ranking) -> str:
-        """By the exact count, which does not depend on scores."""
+    def check_reachable(self, sparsity: Sparsity, ranking: Ranking) -> None:
+        """How many weights stay does not depend on scores."""
+        num_kept(ranking.masks, sparsity, ranking.scope, ranking.min_density, ranking.group_of)
+
+    def missing(self, sparsity: Sparsity, ranking: Ranking) -> float:
+        """By the exact count."""
         masks = ranking.masks
-        equal = Computed(masks, lambda name: torch.zeros_like(masks[name], dtype=torch.float32))
-        final = self.masks(equal, sparsity, ranking).num_kept
-        kept = masks.num_kept
-        return f"{kept} weights are left, and the target keeps {final}" if kept > final else ""
+        final = num_kept(masks, sparsity, ranking.scope, ranking.min_density, ranking.group_of)
+        return (masks.num_kept - final) / masks.num_weights
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,16 @@ class NofM(Weight):
         """The best of each block, and of the rest the best while less is to be pruned."""
         if isinstance(sparsity, dict):
             raise TypeError(f"{self.n}:{self.m} has one sparsity, got {sparsity}")
-        dims = {name: dim for name, dim in (ranking.input_dims or {}).items() if name in scores}
-        return keep_n_of_m(scores, self.n, self.m, sparsity, ranking.masks, dims)
+        return keep_n_of_m(scores, self.n, self.m, sparsity, ranking.masks, _dims(ranking))
+
+    def check_reachable(self, sparsity: Sparsity, ranking: Ranking) -> None:
+        """Each block must have enough weights left."""
+        check_blocks_left(ranking.masks, self.n, self.m, _dims(ranking))
+        super().check_reachable(sparsity, ranking)
+
+
+def _dims(ranking: Ranking) -> dict[str, int]:
+    return {name: dim for name, dim in (ranking.input_dims or {}).items() if name in ranking.masks}
 
 
 def input_dims(model: nn.Module) -> dict[str, int]:

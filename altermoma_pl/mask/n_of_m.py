@@ -58,6 +58,8 @@ def keep_n_of_m(
             f"sparsity {target:.6g} is above {final:.6g}, which is all that {n}:{m} prunes: "
             f"set sparsity to {final:.6g}, or keep fewer of each {m}"
         )
+    if within is not None:
+        check_blocks_left(within, n, m, input_dims)
     best = {
         name: _best_of_blocks(name, score, n, m, dims[name], None if within is None else within[name])
         for name, score in scores.items()
@@ -72,6 +74,19 @@ def keep_n_of_m(
     selection.keep_(best)
     selection.keep_best_(list(scores), max(0, count - sum(selection.count_kept(list(scores)).values())))
     return Masks(selection.kept)
+
+
+def check_blocks_left(
+    within: Mapping[str, Tensor], n: int, m: int, input_dims: Mapping[str, int] | None = None
+) -> None:
+    """Raise a `ValueError` if masks leave fewer than `n` weights in a block, or there are no such blocks."""
+    for name, dim in _checked_dims(within, {}, n, m, input_dims or {}).items():
+        fewest = int(_blocks(within[name], m, dim).sum(1).min())
+        if fewest < n:
+            raise ValueError(
+                f"masks of before leave {fewest} of {m} weights in a block of {name!r}, {n}:{m} keeps "
+                f"{n}: start from a dense checkpoint or one of the same N:M"
+            )
 
 
 def at_most(mask: Tensor, n: int, m: int, input_dim: int = 1) -> bool:
@@ -130,12 +145,6 @@ def _best_of_blocks(name: str, score: Tensor, n: int, m: int, dim: int, alive: T
     """The `n` best of each block of one score, of its shape."""
     rows = None if alive is None else {name: _blocks(alive, m, dim)}
     selection = Selection({name: _blocks(score, m, dim)}, rows)
-    fewest = selection.fewest_in_a_row(name)
-    if fewest < n:
-        raise ValueError(
-            f"masks of before leave {fewest} of {m} weights in a block of {name!r}, {n}:{m} keeps "
-            f"{n}: start from a dense checkpoint or one of the same N:M"
-        )
     selection.keep_best_in_rows_(name, n)
     moved = score.movedim(dim, -1).shape
     return selection.kept[name].view(moved).movedim(-1, dim).contiguous()

@@ -59,11 +59,37 @@ def top_k(
     selection = Selection(scores, within, tie_breaker)
     for label, names, share in _scopes(scores, sparsity, scope, groups):
         if scope == "row" and scores[names[0]].ndim > 1:
-            _keep_best_in_rows_(selection, label, scores[names[0]].shape, names[0], share, min_density)
+            shape = scores[names[0]].shape
+            count = _count_in_row(selection, label, shape, names[0], share, min_density)
+            selection.keep_best_in_rows_(names[0], count)
         else:
             sizes = {name: scores[name].numel() for name in names}
             _keep_best_(selection, label, sizes, share, min_density)
     return Masks(selection.kept)
+
+
+def num_kept(
+    within: Masks,
+    sparsity: float | Mapping[str, float],
+    scope: Scope = "global",
+    min_density: float = 0.0,
+    groups: Mapping[str, str] | None = None,
+) -> int:
+    """How many weights `top_k` keeps within masks, whatever the scores; arguments are as there.
+
+    Raises:
+        ValueError: As `top_k`, where the sparsity cannot be reached.
+    """
+    alive, total = within.counts, 0
+    for label, names, share in _scopes(within, sparsity, scope, groups):
+        if scope == "row" and within[names[0]].ndim > 1:
+            mask = within[names[0]]
+            rows = Selection({names[0]: mask}, within)
+            total += len(mask) * _count_in_row(rows, label, mask.shape, names[0], share, min_density)
+        else:
+            sizes = {name: within[name].numel() for name in names}
+            total += _count_and_floors(alive, label, sizes, share, min_density)[0]
+    return total
 
 
 def check_sparsity(sparsity: float, what: str = "sparsity") -> None:
@@ -142,12 +168,7 @@ def _keep_best_(
     selection: Selection, label: str, sizes: Mapping[str, int], sparsity: float, min_density: float
 ) -> None:
     """What each tensor's floor protects, and the best of the rest."""
-    total = sum(sizes.values())
-    count = total - round(sparsity * total)
-    check_enough(label, sparsity, count, sum(selection.num_alive[name] for name in sizes), total)
-    floors = {name: _floor(size, selection.num_alive[name], min_density) for name, size in sizes.items()}
-    protected = sum(floors.values())
-    _check_floors(label, sparsity, count, total, min_density, protected)
+    count, floors = _count_and_floors(selection.num_alive, label, sizes, sparsity, min_density)
     names = list(sizes)
     while True:
         selection.keep_best_(names, count)
@@ -163,16 +184,28 @@ def _keep_best_(
         names = [name for name in names if name not in short]
 
 
-def _keep_best_in_rows_(
+def _count_and_floors(
+    alive: Mapping[str, int], label: str, sizes: Mapping[str, int], sparsity: float, min_density: float
+) -> tuple[int, dict[str, int]]:
+    """How many weights stay of these tensors together, and at least of each."""
+    total = sum(sizes.values())
+    count = total - round(sparsity * total)
+    check_enough(label, sparsity, count, sum(alive[name] for name in sizes), total)
+    floors = {name: _floor(size, alive[name], min_density) for name, size in sizes.items()}
+    _check_floors(label, sparsity, count, total, min_density, sum(floors.values()))
+    return count, floors
+
+
+def _count_in_row(
     selection: Selection, label: str, shape: torch.Size, name: str, sparsity: float, min_density: float
-) -> None:
-    """The same number of weights in each row of one tensor."""
+) -> int:
+    """How many weights stay in each row of one tensor."""
     rows, columns = shape[0], shape[1:].numel()
     count = columns - round(sparsity * columns)
     check_enough(f"a row of {label}", sparsity, count, selection.fewest_in_a_row(name), columns)
     floor = _floor(shape.numel(), selection.num_alive[name], min_density)
     _check_floors(label, sparsity, rows * count, shape.numel(), min_density, floor)
-    selection.keep_best_in_rows_(name, count)
+    return count
 
 
 def check_enough(label: str, sparsity: float, count: int, alive: int, total: int) -> None:

@@ -1,6 +1,8 @@
 """What is pruned as one piece: strings and objects, what cannot go together, and shares of channels."""
 
 import re
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -173,10 +175,59 @@ def test_shares_of_weights():
     assert Weight().pruned(of_weights(), by_modality=True) == {"camera": 0.5, "shared": 0.0}
 
 
-def test_shortfall_of_weights_is_told_by_their_number():
-    assert Weight().shortfall(0.5, of_weights()) == "6 weights are left, and the target keeps 4"
-    assert Weight().shortfall(0.25, of_weights()) == ""
-    assert NofM().shortfall(0.5, of_weights()) == "6 weights are left, and the target keeps 4"
+@pytest.mark.parametrize("grain", [Weight(), NofM()])
+def test_missing_weights_are_counted(grain):
+    assert grain.missing(0.5, of_weights()) == 0.25
+    assert grain.missing(0.25, of_weights()) == 0.0
+    assert grain.share_of == "weights"
+
+
+@pytest.mark.parametrize(
+    ("scope", "sparsity", "missing"),
+    [
+        ("global", 0.7, 0.5),  # 6 of 8 by rounding
+        ("modality", {"camera": 0.5, "shared": 0.25}, 0.125),
+        ("layer", 0.6, 0.25),  # 2 of 4 in each
+        ("row", 0.6, 0.25),
+    ],
+)
+def test_missing_weights_of_each_scope(scope, sparsity, missing):
+    within = replace(of_weights(), scope=scope)
+    assert Weight().missing(sparsity, within) == missing
+    given = {name: torch.arange(4.0).view(1, 4) for name in MASKS}
+    masks = Weight().masks(given, sparsity, within)
+    assert (MASKS.num_kept - masks.num_kept) / 8 == missing
+    assert Weight().missing(sparsity, replace(within, masks=masks)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("scope", "sparsity", "min_density", "message"),
+    [
+        ("global", 0.1, 0.0, "sparsity 0.1 of the model is below what is already pruned, 0.25: masks only"),
+        ("layer", 0.25, 0.0, "sparsity 0.25 of 'camera.weight' is below what is already pruned, 0.5"),
+        ("row", 0.25, 0.0, "sparsity 0.25 of a row of 'camera.weight' is below what is already pruned, 0.5"),
+        ("global", 0.5, 1.0, "keeps 4 of 8 weights, but min_density=1 protects 6: lower one of them"),
+        ("row", 0.75, 0.5, "sparsity 0.75 of 'camera.weight' keeps 1 of 4 weights, but min_density=0.5"),
+    ],
+)
+def test_weights_that_cannot_be_reached_are_an_error(scope, sparsity, min_density, message):
+    within = replace(of_weights(), scope=scope, min_density=min_density)
+    given = {name: torch.arange(4.0).view(1, 4) for name in MASKS}
+    for act in (Weight().check_reachable, Weight().missing, partial(Weight().masks, given)):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            act(sparsity, within)
+
+
+def test_blocks_that_cannot_be_reached_are_an_error():
+    assert NofM().check_reachable(0.5, of_weights()) is None
+    with pytest.raises(
+        ValueError, match=r"masks of before leave 2 of 4 weights in a block of 'camera.weight'"
+    ):
+        NofM(3, 4).check_reachable(0.25, of_weights())
+    with pytest.raises(
+        ValueError, match=r"4 of shape .1, 4., is not divisible by 3 as 2:3 needs it: exclude"
+    ):
+        NofM(2, 3).check_reachable(1 / 3, of_weights())
 
 
 def test_blocks_of_four_keep_their_best_two():
@@ -244,8 +295,9 @@ def test_a_later_event_takes_no_more_than_blocks_of_the_first_forced():
     assert widths(within.masks) == {"camera": 6, "lidar.a": 2, "lidar.b": 10, "head": 6}
     assert grain.pruned(within, by_modality=False) == pytest.approx(1 / 6)  # of `lidar.b`; 0.25 of all
     assert grain.masks(scores(), grain.pruned(within, False), within) == within.masks
-    assert grain.shortfall(1 / 6, within) == ""
-    assert grain.shortfall(0.2, within) == ("a share of 0.1667 of the channels is pruned, the target is 0.2")
+    assert grain.missing(1 / 6, within) == 0.0
+    assert grain.missing(0.2, within) == pytest.approx(0.2 - 1 / 6)
+    assert grain.share_of == "channels"
 
 
 def test_the_share_of_flops_is_reached_by_less_than_a_block_too_much():
@@ -253,15 +305,14 @@ def test_the_share_of_flops_is_reached_by_less_than_a_block_too_much():
     masks = grain.masks(scores(camera=torch.arange(8.0) / 100), 0.25, ranking())
     assert widths(masks) == {"camera": 2, "lidar.a": 4, "lidar.b": 12, "head": 8}
     assert grain.pruned(ranking(masks), by_modality=False) == pytest.approx(0.3)
-    assert grain.shortfall(0.3, ranking(masks)) == ""
-    assert "a share of 0.3 of the FLOPs is pruned, the target is 0.4" in grain.shortfall(0.4, ranking(masks))
+    assert grain.missing(0.3, ranking(masks)) == 0.0
+    assert grain.missing(0.4, ranking(masks)) == pytest.approx(0.1)
+    assert grain.share_of == "FLOPs"
 
 
-def test_shortfall_names_the_modalities_that_lack():
-    share = {"camera": 0.5, "lidar": 0.5, "shared": 0.0}
-    assert Channel(round_to=2).shortfall(share, ranking(scope="modality")) == (
-        f"a share of 0 of camera, 0 of lidar of the channels is pruned, the target is {share}"
-    )
+def test_missing_channels_are_those_of_the_modality_that_lacks_most():
+    share = {"camera": 0.5, "lidar": 0.25, "shared": 0.0}
+    assert Channel(round_to=2).missing(share, ranking(scope="modality")) == 0.5
 
 
 @pytest.mark.parametrize(
@@ -270,7 +321,7 @@ def test_shortfall_names_the_modalities_that_lack():
 def test_what_cannot_be_reached_is_an_error(grain, sparsity, min_density):
     within = ranking(min_density=min_density, scope="layer")
     with pytest.raises(ValueError, match=r"sparsity 0\.5 cannot be reached: .*lower round_to"):
-        grain.shortfall(sparsity, within)
+        grain.check_reachable(sparsity, within)
 
 
 def test_scores_that_are_not_finite_are_an_error():

@@ -41,6 +41,11 @@ class Channel(Granularity):
 
     by_channel = True
 
+    @property
+    def share_of(self) -> str:
+        """What the target says."""
+        return "FLOPs" if self.target == "flops" else "channels"
+
     def __post_init__(self) -> None:
         check_options(self, round_to=1)
 
@@ -69,6 +74,9 @@ class Channel(Granularity):
 
     def masks(self, scores: Mapping[str, Tensor], sparsity: Sparsity, ranking: Ranking) -> Masks:
         """The channels with the highest scores."""
+        return _traced(ranking).channels.to_masks(self._kept(scores, sparsity, ranking), ranking.masks)
+
+    def _kept(self, scores: Mapping[str, Tensor], sparsity: Sparsity, ranking: Ranking) -> Kept:
         traced = _traced(ranking)
         before, kept = traced.channels.kept(ranking.masks), Kept()
         steps = {name: group.step(self.round_to) for name, group in traced.channels.items()}
@@ -80,7 +88,7 @@ class Channel(Granularity):
             within = {name: before[name] for name in names}
             share = sparsity[label] if isinstance(sparsity, dict) else sparsity
             kept |= keep_widths(scores_of, share, steps, ranking.min_density, within, cost)
-        return traced.channels.to_masks(kept, ranking.masks)
+        return kept
 
     def pruned(self, ranking: Ranking, by_modality: bool) -> Sparsity:
         """Share of channels or FLOPs, the smallest of all scopes: blocks may take more of another."""
@@ -93,22 +101,16 @@ class Channel(Granularity):
             return shares_pruned(widths, sizes, owners(traced.channels, ranking.group_of))
         return min(shares_pruned(widths, sizes, self._scope_of(ranking)).values())
 
-    def shortfall(self, sparsity: Sparsity, ranking: Ranking) -> str:
-        """By the shares."""
-        channels = _traced(ranking).channels
-        self.masks({name: torch.zeros(g.num_channels) for name, g in channels.items()}, sparsity, ranking)
+    def check_reachable(self, sparsity: Sparsity, ranking: Ranking) -> None:
+        """How wide layers stay depends on scores, whether they can be narrow enough does not."""
+        equal = {name: torch.zeros(group.num_channels) for name, group in _traced(ranking).channels.items()}
+        self._kept(equal, sparsity, ranking)
+
+    def missing(self, sparsity: Sparsity, ranking: Ranking) -> float:
+        """Of the scope, or the modality, that lacks most."""
         pruned, wanted = _by_group(self.pruned(ranking, isinstance(sparsity, dict))), _by_group(sparsity)
-        short = [
-            f"{share:.4g}{name and f' of {name}'}"
-            for name, share in pruned.items()
-            if share < wanted[name] - 1e-12
-        ]
-        what = "FLOPs" if self.target == "flops" else "channels"
-        return (
-            f"a share of {', '.join(short)} of the {what} is pruned, the target is {sparsity}"
-            if short
-            else ""
-        )
+        missing = max(wanted[name] - share for name, share in pruned.items())
+        return missing if missing > 1e-12 else 0.0
 
     def _scope_of(self, ranking: Ranking) -> dict[str, str]:
         """Group -> what its channels compete in."""

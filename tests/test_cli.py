@@ -15,10 +15,9 @@ import torch
 import yaml
 
 import altermoma_pl
-from altermoma_pl.callback.checkpoints import load_pruning_state
 from altermoma_pl.cli import main
 from altermoma_pl.report import figures
-from tests.helpers.lightning_models import NUM_WEIGHTS, Fusion, num_zeros
+from tests.helpers.lightning_models import NUM_WEIGHTS, Fusion, num_zeros, pruning_state_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed from")  # by Lightning, on resume
 
@@ -116,7 +115,7 @@ def saved(folder: Path, version: int = 0) -> str:
 def fit(*arguments: str) -> Any:
     """Fit in the current folder; the pruning state that it saves."""
     main(["fit", "--config", "config.yaml", *arguments])
-    return load_pruning_state(saved(Path.cwd()))
+    return pruning_state_of(saved(Path.cwd()))
 
 
 def failure(capsys: Any, *arguments: str) -> str:
@@ -139,7 +138,7 @@ def printed(capsys: Any, *arguments: str) -> str:
 
 
 def test_fit_from_a_file(checkpoint):
-    state = load_pruning_state(checkpoint)
+    state = pruning_state_of(checkpoint)
     assert [(event["epoch"], event["sparsity"]) for event in state.events] == [(1, 0.5)]
     assert state.masks.num_weights == NUM_WEIGHTS
     weights = torch.load(checkpoint, weights_only=True)["state_dict"]
@@ -293,7 +292,7 @@ def test_print_config_of_the_defaults_names_every_option(folder, capsys):
 def test_the_saved_config_repeats_the_run(folder):
     first = fit()
     main(["fit", "--config", "lightning_logs/version_0/config.yaml"])
-    second = load_pruning_state(saved(folder, version=1))
+    second = pruning_state_of(saved(folder, version=1))
     assert second.masks == first.masks
     assert second.events == first.events
 
@@ -302,7 +301,7 @@ def test_resume_by_ckpt_path(folder):
     first = fit("--trainer.max_epochs", "2")
     path = saved(folder)
     main(["fit", "--config", "config.yaml", "--ckpt_path", path])
-    second = load_pruning_state(saved(folder, version=1))
+    second = pruning_state_of(saved(folder, version=1))
     assert second.masks == first.masks
     assert second.events == first.events
 
@@ -480,7 +479,7 @@ def test_report_as_table(checkpoint, capsys):
 
 def test_report_as_json(checkpoint, capsys):
     found = json.loads(report(capsys, checkpoint, "--format", "json"))
-    state = load_pruning_state(checkpoint)
+    state = pruning_state_of(checkpoint)
     assert found["sparsity"] == 0.5
     assert [layer["num_kept"] for layer in found["layers"]] == [int(m.sum()) for m in state.masks.values()]
     assert set(found["groups"]) == {"camera", "lidar", "shared"}
@@ -489,7 +488,7 @@ def test_report_as_json(checkpoint, capsys):
 
 def test_report_as_csv(checkpoint, capsys):
     rows = list(csv.DictReader(io.StringIO(report(capsys, checkpoint, "--format", "csv"))))
-    assert [row["name"] for row in rows] == list(load_pruning_state(checkpoint).masks)
+    assert [row["name"] for row in rows] == list(pruning_state_of(checkpoint).masks)
     assert sum(int(row["num_kept"]) for row in rows) == 60
 
 
@@ -620,6 +619,6 @@ def test_stock_lightning_cli(folder):
     )
     assert ran.returncode == 0, ran.stderr
     assert "Pruned before epoch 1" in ran.stdout
-    state = load_pruning_state(saved(folder))
+    state = pruning_state_of(saved(folder))
     assert [round(120 * event["sparsity"]) for event in state.events] == [84, 96]
     assert (folder / "lightning_logs" / "version_0" / "pruning" / "kept_per_layer.png").exists()

@@ -1,4 +1,4 @@
-"""Reading checkpoints of pruned models."""
+"""Reading the files of pruned models."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from altermoma_pl.callback import AlterMOMACallback
+from altermoma_pl.callback.callback import AlterMOMACallback
 from altermoma_pl.callback.state import PruningState
 
 
@@ -28,51 +28,43 @@ def load_checkpoint(path: str, trust: bool = False) -> dict[str, Any]:
         raise
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} is no checkpoint of tensors and builtins only; if you trust its origin, use --trust"
+            f"{path} is no checkpoint of tensors and builtins only; if you trust its origin, use --trust of "
+            f"`altermoma report` or `altermoma export`"
         ) from error
     except Exception as error:  # of reading other bytes, of any kind
         raise ValueError(f"{path} is no checkpoint, or only a part of one: {error!r}") from error
     return checkpoint if isinstance(checkpoint, dict) else {}
 
 
-def load_pruning_states(path: str, trust: bool = False) -> dict[str, PruningState]:
+def pruning_states_of(checkpoint: dict[str, Any], path: str) -> dict[str, PruningState]:
     """The callbacks' states in a Lightning checkpoint, checked against the checkpoint's weights.
 
     Args:
-        path: The checkpoint.
-        trust: Load objects other than tensors and builtins too, which can run code.
+        checkpoint: What was read.
+        path: From where.
 
     Returns:
         Name of the callback, "" if it has none -> its state.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged, holds no pruning state, other objects than tensors and builtins, or
-            weights that are not zero where its masks say so.
+        ValueError: If it holds no pruning state, a damaged one, or weights that are not zero where its masks
+            say so.
     """
-    return pruning_states_of(load_checkpoint(path, trust), path)
-
-
-def pruning_states_of(checkpoint: dict[str, Any], path: str) -> dict[str, PruningState]:
-    """The same, of a checkpoint that was read from `path`."""
-    callbacks = checkpoint.get("callbacks", {})
-    found = {key: value for key, value in callbacks.items() if key.startswith(AlterMOMACallback.__name__)}
-    if not found:
-        raise ValueError(
-            f"{path} has no state of {AlterMOMACallback.__name__}: give a checkpoint that a Trainer with "
-            f"this callback saved (this one has the callbacks {list(callbacks)})"
-        )
-    states = {}
-    for key, value in found.items():
-        state = PruningState.from_state_dict(value)
+    callbacks, states = checkpoint.get("callbacks", {}), {}
+    for key, value in callbacks.items():
+        if not key.startswith(AlterMOMACallback.__name__):
+            continue
+        try:
+            state = states[key.partition("[")[2].removesuffix("]")] = PruningState.from_state_dict(value)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
         for name, mask in (state.masks or {}).items():
             weight = checkpoint["state_dict"].get(name)
             if weight is not None and weight[~mask].count_nonzero():
                 raise ValueError(f"{path}: {name!r} is not zero where its mask prunes it")
-        states[key.partition("[")[2].removesuffix("]")] = state
+    if not states:
+        raise ValueError(
+            f"{path} has no state of {AlterMOMACallback.__name__}: give a checkpoint that a Trainer with "
+            f"this callback saved (this one has the callbacks {list(callbacks)})"
+        )
     return states
-
-
-def load_pruning_state(path: str, trust: bool = False) -> PruningState:
-    """The first of `load_pruning_states`, in most runs the only one."""
-    return next(iter(load_pruning_states(path, trust).values()))

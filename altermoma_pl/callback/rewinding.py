@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from types import NoneType
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils._pytree import keystr, tree_leaves_with_path, tree_map
 
-from altermoma_pl.callback.state_checks import check_epoch, misfit, misfit_of_optimizer
 from altermoma_pl.mask.schedules import Schedule
 
 
@@ -72,20 +75,7 @@ class RewindPoint:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> RewindPoint:
-        """Rebuild from `state_dict()`.
-
-        Raises:
-            ValueError: If a key is missing or unknown, or a value of another type than described.
-        """
-        expected = {field.name for field in fields(cls)}
-        if not isinstance(state, Mapping) or state.keys() != expected:
-            found = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
-            raise ValueError(f"state of a rewind point must hold {sorted(expected)}, got {found}")
-        check_epoch("epoch of the rewind point", state["epoch"])
-        for part, kind in (("parameters", Tensor), ("buffers", Tensor)):
-            _check_values(part, state[part], dict, kind)
-        for part in ("optimizers", "schedulers"):
-            _check_values(part, state[part], list, dict)
+        """Rebuild from `state_dict()`, whose form was checked."""
         return cls(**state)
 
     @property
@@ -94,30 +84,23 @@ class RewindPoint:
 
     def check_fits(self, trainer: Trainer, module: LightningModule) -> None:
         """Raise a `ValueError` if parameters, buffers, optimizers or schedulers are others by now."""
-        live: dict[str, Tensor] = dict(module.named_parameters()) | dict(module.named_buffers())
-        found: dict[str, Any] = {name: tuple(tensor.shape) for name, tensor in live.items()}
-        expected: dict[str, Any] = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
-        found |= {f"type of {name}": tensor.dtype for name, tensor in live.items()}
-        expected |= {f"type of {name}": tensor.dtype for name, tensor in self._tensors.items()}
+        live = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         schedulers = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
-        for what, now, then in (
-            ("optimizers", trainer.optimizers, self.optimizers),
-            ("schedulers", schedulers, self.schedulers),
-        ):
-            found[f"number of {what}"], expected[f"number of {what}"] = len(now), len(then)
+        found = _described(live, trainer.optimizers, schedulers)
+        expected = _described(self._tensors, self.optimizers, self.schedulers)
         names = [n for n in sorted(found.keys() | expected.keys()) if found.get(n) != expected.get(n)]
         if names:
             raise ValueError(
                 f"cannot rewind to epoch {self.epoch}, these have changed since then: "
                 + ", ".join(f"{n} (now {found.get(n)}, then {expected.get(n)})" for n in names)
             )
-        problems = [
-            misfit_of_optimizer(*each) for each in zip(self.optimizers, trainer.optimizers, strict=True)
-        ]
-        problems += [misfit(*each, "scheduler") for each in zip(self.schedulers, schedulers, strict=True)]
-        for problem in filter(None, problems):
+        optimizers = zip(self.optimizers, trainer.optimizers, strict=True)
+        places = [next(_misfits_of_optimizer(*each), "") for each in optimizers]
+        for each in zip(self.schedulers, schedulers, strict=True):
+            places.append(next(_misfits(*each, "scheduler"), ""))
+        for place in filter(None, places):
             raise ValueError(
-                f"cannot rewind to epoch {self.epoch}: what was saved at {problem!r} does not fit; resume "
+                f"cannot rewind to epoch {self.epoch}: what was saved at {place} does not fit; resume "
                 f"from another checkpoint, or start a new fit from the weights alone"
             )
 
@@ -133,21 +116,62 @@ def check_rewindable(schedule: Schedule, point: RewindPoint | None, epoch: int) 
         )
 
 
-def _check_values(part: str, value: Any, container: type, kind: type) -> None:
-    values = value.values() if isinstance(value, dict) else value
-    named = not isinstance(value, dict) or all(isinstance(name, str) for name in value)
-    if not isinstance(value, container) or not named or not all(isinstance(each, kind) for each in values):
-        raise ValueError(
-            f"{part} of the rewind point must be a {container.__name__} of {kind.__name__}, got {value!r:.80}"
+def _described(
+    tensors: Mapping[str, Tensor], optimizers: Sequence[Any], schedulers: Sequence[Any]
+) -> dict[str, Any]:
+    """What must be the same when a state is brought back, by name."""
+    found: dict[str, Any] = {f"type of {name}": tensor.dtype for name, tensor in tensors.items()}
+    found |= {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return found | {"number of optimizers": len(optimizers), "number of schedulers": len(schedulers)}
+
+
+def _misfits_of_optimizer(saved: dict[str, Any], live: Optimizer) -> Iterator[str]:
+    """The places that an optimizer would not load, or at which it would load nonsense."""
+    now = live.state_dict()
+    shapes = [parameter.shape for group in live.param_groups for parameter in group["params"]]
+    if saved.keys() != now.keys() or not isinstance(saved["state"], dict):
+        yield "optimizer"
+        return
+    yield from _misfits(saved["param_groups"], now["param_groups"], "optimizer['param_groups']")
+    if [group["params"] for group in saved["param_groups"]] != [g["params"] for g in now["param_groups"]]:
+        yield "optimizer['param_groups']"
+    for number, entry in saved["state"].items():
+        place = f"optimizer['state'][{number!r}]"
+        if number not in range(len(shapes)) or not isinstance(entry, dict):
+            yield place
+            return
+        # Before its first step an optimizer has no state to compare with: shapes tell something then.
+        yield from _misfits(entry, now["state"].get(number, entry), place)
+        yield from (
+            f"{place}[{key!r}]"
+            for key, value in entry.items()
+            if isinstance(value, Tensor) and value.shape not in ((), shapes[number])
         )
+
+
+def _misfits(saved: Any, live: Any, what: str) -> Iterator[str]:
+    """The places where a saved value is of another kind than the live one; None may become a number."""
+    found, expected = (
+        {keystr(path): _kind(leaf) for path, leaf in tree_leaves_with_path(tree)} for tree in (saved, live)
+    )
+    for place in [*expected, *found]:
+        kinds = [each.get(place, "missing") for each in (found, expected)]
+        if kinds[0] != kinds[1] and kinds != [torch.Size(), NoneType]:
+            yield what + place
+
+
+def _kind(leaf: Any) -> Any:
+    """The shape of a tensor or number; of what is neither its type."""
+    if isinstance(leaf, float) and math.isnan(leaf):
+        return "not a number"
+    if isinstance(leaf, (int, float, Tensor)) and not isinstance(leaf, bool):
+        return getattr(leaf, "shape", torch.Size())
+    return type(leaf)
 
 
 def _copied(value: Any) -> Any:
     """The same value with new containers, and tensors copied to the CPU."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if type(value) is dict:
-        return {key: _copied(each) for key, each in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_copied(each) for each in value)
-    return copy.deepcopy(value)
+    return tree_map(
+        lambda leaf: leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else copy.deepcopy(leaf),
+        value,
+    )

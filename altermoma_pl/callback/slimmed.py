@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from altermoma_pl.callback.checkpoints import load_checkpoint
 from altermoma_pl.granularity.channels.rebuilding import KEY, reshape_like_
 
 
@@ -33,25 +33,17 @@ class Slimmed(Callback):
         """Reshape the module once, and load the weights."""
         if self._entry:
             return
-        saved = self._load()
-        reshape_like_(pl_module, saved["state_dict"], saved[KEY])
-        pl_module.load_state_dict(saved["state_dict"])
-        self._entry = saved[KEY]
-
-    def _load(self) -> dict[str, Any]:
-        try:
-            saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise
-        except Exception as error:  # of reading other bytes, of any kind
-            raise ValueError(
-                f"{self.checkpoint} is no checkpoint of tensors and builtins only, or a part of one: {error}"
-            ) from error
-        if not isinstance(saved, dict) or KEY not in saved:
+        saved = load_checkpoint(self.checkpoint)
+        if KEY not in saved:
             raise ValueError(
                 f"{self.checkpoint} is not the checkpoint of a slim model: write one with `altermoma export`"
             )
-        return saved
+        try:
+            reshape_like_(pl_module, saved["state_dict"], saved[KEY])
+        except ValueError as error:
+            raise ValueError(f"{self.checkpoint}: {error}") from error
+        pl_module.load_state_dict(saved["state_dict"])
+        self._entry = saved[KEY]
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

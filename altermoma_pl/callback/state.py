@@ -8,14 +8,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from altermoma_pl.callback.rewinding import RewindPoint
-from altermoma_pl.callback.state_checks import check_components, check_epoch, check_events, check_groups
+from altermoma_pl.callback.state_form import FORMAT, STATE, check, check_form
 from altermoma_pl.granularity import Traced
 from altermoma_pl.mask.masks import Masks
 from altermoma_pl.report.sparsity import SparsityReport
 from altermoma_pl.score import Components
 from altermoma_pl.score.decision import Decision
-
-FORMAT = 2
 
 
 @dataclass
@@ -57,42 +55,54 @@ class PruningState:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> PruningState:
-        """Rebuild from `state_dict()`.
+        """Rebuild from `state_dict()`: the one place that reads it, and tells of all that is wrong with it.
 
         Raises:
-            ValueError: If the format is unknown, a key is missing or unknown, or a part is damaged.
+            ValueError: If the format is unknown, or a part is missing, unknown or damaged.
         """
-        found = state.get("format", FORMAT) if isinstance(state, Mapping) else FORMAT
+        found = state.get("format", FORMAT) if isinstance(state, dict) else FORMAT
         if type(found) is not int or found != FORMAT:
             raise ValueError(
                 f"the pruning state has format {found!r:.80}, this version reads {FORMAT}: resume with the "
                 f"version of altermoma_pl that saved it, or start a new fit from the weights alone"
             )
         try:
-            return cls._from_checked(state)
+            check_form(state, STATE, "state")
+            parts = {key: value for key, value in state.items() if key != "format"}
+            for key, kind in (("masks", Masks), ("components", Components), ("rewind_point", RewindPoint)):
+                parts[key] = None if state[key] is None else kind.from_state_dict(state[key])
+            parts |= {"group_of": dict(state["group_of"]), "events": [dict(e) for e in state["events"]]}
+            restored = cls(**parts)
+            restored._check_parts_agree()
         except ValueError as error:
             raise ValueError(
                 f"the pruning state in the checkpoint is damaged: {error}; resume from another "
                 f"checkpoint, or start a new fit from the weights alone"
             ) from error
+        return restored
 
-    @classmethod
-    def _from_checked(cls, state: Mapping[str, Any]) -> PruningState:
-        expected = cls().state_dict().keys()
-        if not isinstance(state, Mapping) or state.keys() != expected:
-            found = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
-            raise ValueError(f"it must hold {sorted(expected)}, got {found}")
-        masks = None if state["masks"] is None else Masks.from_state_dict(state["masks"])
-        saved, saved_point = state["components"], state["rewind_point"]
-        components = None if saved is None else Components.from_state_dict(saved)
-        point = None if saved_point is None else RewindPoint.from_state_dict(saved_point)
-        check_groups(state["group_of"], masks)
-        check_epoch("last_event_epoch", state["last_event_epoch"], least=-1)
-        check_events(state["events"], masks)
-        if components is not None:
-            check_components(components, masks, state["group_of"])
-        events = [dict(event) for event in state["events"]]
-        return cls(masks, dict(state["group_of"]), state["last_event_epoch"], events, components, point)
+    def _check_parts_agree(self) -> None:
+        masks, found = dict(self.masks or {}), self.masks.sparsity if self.masks else 0.0
+        differ = sorted(masks.keys() ^ self.group_of.keys())
+        check(not differ, f"masks and groups differ in {differ}")
+        recorded = self.events[-1]["sparsity"] if self.events else 0.0
+        same = abs(recorded - found) <= 1e-6
+        check(same, f"masks prune a share of {found:g}, the latest of events recorded {recorded:g}")
+        if self.components is None:
+            return
+        same = self.components.group_of == self.group_of
+        check(same, "components and masks differ in group_of")
+        reri = self.components.reri
+        parts = {"deci": self.components.deci, "magnitude": self.components.magnitude, **reri}
+        for what, tensors in parts.items():
+            # Redundancy is of the parameters outside the modality that was deactivated, and one value of it
+            # may stand for a whole tensor.
+            names = {name for name in masks if what not in reri or self.group_of[name] != what}
+            whole = what in reri and all(tensor.ndim == 0 for tensor in tensors.values())
+            wrong = names ^ tensors.keys() or {
+                name for name in names if not whole and tensors[name].shape != masks[name].shape
+            }
+            check(not wrong, f"components and masks differ: {what!r} at {sorted(wrong)}")
 
     @property
     def losses(self) -> dict[str, float]:
@@ -138,7 +148,7 @@ class PruningState:
             raise ValueError("there are no masks to report on: nothing was pruned yet")
         report = SparsityReport.of(self.masks, self.group_of, self.losses)
         event = self.events[-1] if self.events else {}
-        if "widths" not in event:
+        if not {"channels", "flops"} <= event.keys():
             return report
         shown = tuple(name for name, mask in self.masks.items() if mask.ndim > 1)
         return replace(report, shown=shown, removed={"channels": event["channels"], "FLOPs": event["flops"]})

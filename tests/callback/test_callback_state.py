@@ -149,14 +149,14 @@ def _no_deci(state: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        *((_without(key), "is damaged: it must hold") for key in PruningState().state_dict()),
-        (_with("more", 1), "is damaged: it must hold"),
+        *((_without(key), "is damaged: state must hold") for key in PruningState().state_dict()),
+        (_with("more", 1), "is damaged: state must hold"),
         (_with("format", 1), "has format 1, this version reads 2"),
         (_other_group, "masks and groups differ"),
         (_with("masks", None), "masks and groups differ"),
         (_short_bits, "'head.weight': 0 elements of torch.uint8 cannot hold 8 bits"),
-        (_no_bits, "must hold 'shape' and 'bits'"),
-        (_no_deci, "state of components must hold"),
+        (_no_bits, r"state.masks.head.weight must hold \['bits', 'shape'\]"),
+        (_no_deci, "state.components must hold"),
     ],
 )
 def test_a_damaged_state_is_refused_and_changes_nothing(folder, damage, message):

@@ -12,7 +12,6 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAver
 from lightning.pytorch.loggers import CSVLogger
 
 from altermoma_pl import Channel, GraSP, Linear, NofM, OneShot, Rewinding, slim
-from altermoma_pl.callback.checkpoints import load_pruning_state
 from altermoma_pl.callback.checks import check_sharding
 from altermoma_pl.cli import main
 from tests.helpers.channel_models import WIDTHS, ManualTowers, Towers, channel_pruner
@@ -24,6 +23,7 @@ from tests.helpers.lightning_models import (
     loader,
     nonzero_pruned,
     pruner,
+    pruning_state_of,
     short,
     trainer,
 )
@@ -288,7 +288,7 @@ def test_from_yaml_to_report(tmp_path, monkeypatch, capsys, granularity, prunabl
     capsys.readouterr()
     main(["report", str(saved)])
     text = capsys.readouterr().out
-    event = load_pruning_state(str(saved)).events[-1]
+    event = pruning_state_of(saved).events[-1]
     removed = (
         f", {event['channels']:.4f} of the channels removed, {event['flops']:.4f} of the FLOPs removed"
         if "Channel" in granularity

@@ -31,7 +31,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from altermoma_pl import AlterMOMACallback, Linear, Magnitude, Masks, OneShot, Rewinding
-from altermoma_pl.callback.checkpoints import load_pruning_states
+from altermoma_pl.callback.checkpoints import load_checkpoint, pruning_states_of
 from altermoma_pl.callback.state import PruningState
 from altermoma_pl.cli import main
 from tests.helpers.lightning_models import (
@@ -704,7 +704,7 @@ def test_two_callbacks_prune_different_weights(tmp_path, capsys):
     assert "early: Pruned before epoch 0" in out
     assert "late: Pruned before epoch 1" in out
     path = sorted(tmp_path.glob("*.ckpt"))[-1]
-    states = load_pruning_states(str(path))
+    states = pruning_states_of(load_checkpoint(str(path)), str(path))
     assert {name: state.report().sparsity for name, state in states.items()} == {"early": 0.75, "late": 0.5}
     again, others = Fusion(), both()
     trainer(*others, max_epochs=4).fit(again, loader(), loader(seed=1), ckpt_path=path)

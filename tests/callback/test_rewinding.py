@@ -440,10 +440,10 @@ def test_a_point_of_another_run_is_refused_and_changes_nothing(change, message):
 
 def test_a_damaged_point_is_refused():
     net, run = nets(lambda o: StepLR(o, 1))
-    state = RewindPoint.take(run, net).state_dict()
-    del state["buffers"]
-    with pytest.raises(ValueError, match=r"state of a rewind point must hold \['buffers', 'epoch'"):
-        RewindPoint.from_state_dict(state)
+    point = RewindPoint.take(run, net).state_dict()
+    del point["buffers"]
+    with pytest.raises(ValueError, match=r"state.rewind_point must hold \['buffers', 'epoch'"):
+        pruner().load_state_dict({**pruner().state_dict(), "rewind_point": point})
 
 
 # Time.

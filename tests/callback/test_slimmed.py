@@ -141,7 +141,7 @@ def test_files_of_something_else(run, tmp_path):
     whole = (folder / "slim.ckpt").read_bytes()
     for content in (b"text", b"", whole[: len(whole) // 2]):
         (tmp_path / "part.ckpt").write_bytes(content)
-        with pytest.raises(ValueError, match=r"part.ckpt is no checkpoint of tensors .*, or a part of one"):
+        with pytest.raises(ValueError, match=r"part.ckpt is no checkpoint"):
             fit(Towers(), Slimmed(str(tmp_path / "part.ckpt")))
     with pytest.raises(FileNotFoundError):
         fit(Towers(), Slimmed(str(tmp_path / "absent.ckpt")))

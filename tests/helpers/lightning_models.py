@@ -13,6 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from altermoma_pl import AlterEva, AlterMOMACallback, OneShot
+from altermoma_pl.callback.checkpoints import load_checkpoint, pruning_states_of
+from altermoma_pl.callback.state import PruningState
 
 # Threads cost more than they give on tensors of this size: twenty times where cores are shared.
 torch.set_num_threads(1)
@@ -185,3 +187,8 @@ def nonzero_pruned(module: nn.Module, masks: Any) -> int:
     """Number of pruned weights that are not zero."""
     parameters = dict(module.named_parameters())
     return sum(int(parameters[name][~mask].count_nonzero()) for name, mask in masks.items())
+
+
+def pruning_state_of(path: Any) -> PruningState:
+    """The first pruning state in a checkpoint, in most runs the only one."""
+    return next(iter(pruning_states_of(load_checkpoint(str(path)), str(path)).values()))

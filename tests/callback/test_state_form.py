@@ -194,53 +194,57 @@ def test_the_history_has_no_effect(saved):
         (
             (),
             None,
-            "it must hold [.*], got NoneType; resume from another checkpoint, or start a new fit from",
+            "state must be a dictionary by name, got None; resume from another checkpoint, or start a new",
         ),
         (
             ("format",),
             "2",
             "has format '2', this version reads 2: resume with the version of altermoma_pl that",
         ),
-        (("masks",), "x", "state of masks must map each parameter name to its 'shape' and the"),
-        (("masks", "head.weight", "shape"), [1, -8], "which is not so at 'head.weight': ValueError('[1] of"),
-        (("masks", "head.weight", "bits"), None, "which is not so at 'head.weight': Attr"),
+        (("masks",), "x", "state.masks must be a dictionary by name, got 'x'"),
+        (
+            ("masks", "head.weight", "shape"),
+            [1, -8],
+            "masks.head.weight.shape.1 must be a whole number of at",
+        ),
+        (("masks", "head.weight", "bits"), None, "state.masks.head.weight.bits must be a tensor, got None"),
         (
             ("masks", "head.weight", "bits"),
             torch.full((1,), 255, dtype=torch.uint8),
-            "the masks prune a share of",
+            "masks prune a share of",
         ),
-        (("group_of",), [], "group_of must map parameter names to groups, got []"),
-        (("last_event_epoch",), -2, "last_event_epoch must be a whole number of at least -1, got -2"),
-        (("events",), {}, "events must be a list, got {}"),
-        (("events", 0), 3, "event 0 must be a dictionary, got 3"),
-        (("events", 0), {"epoch": 0}, "event 0 lacks ['kept', 'losses', 'sparsity', 'step']"),
-        (("events", 0, "epoch"), True, "epoch of event 0 must be a whole number of at least 0, got True"),
-        (("events", 0, "losses"), [], "losses of event 0 must be a dictionary by name, got []"),
-        (("events", 0, "losses", "all"), "low", "loss 'all' in event 0 must be a number, got 'low'"),
+        (("group_of",), [], "state.group_of must be a dictionary by name, got []"),
+        (("last_event_epoch",), -2, "last_event_epoch must be a whole number of at least -1, got"),
+        (("events",), {}, "state.events must be a list, got {}"),
+        (("events", 0), 3, "state.events.0 must be a dictionary by name, got 3"),
+        (("events", 0), {"epoch": 0}, "state.events.0 must hold ['epoch', 'kept', 'losses',"),
+        (("events", 0, "epoch"), True, "events.0.epoch must be a whole number of at least 0, got"),
+        (("events", 0, "losses"), [], "events.0.losses must be a dictionary by name, got []"),
+        (("events", 0, "losses", "all"), "low", "events.0.losses.all must be a number, got 'low'"),
         (
             ("events", 0, "kept", "camera"),
             1.5,
-            "kept share of 'camera' in event 0 must be in [0, 1], got 1.5",
+            "state.events.0.kept.camera must be in [0, 1], got 1.5",
         ),
-        (("components", "reri"), [], "'reri' of components must map modalities to tensors by name, got []"),
-        (("components", "losses"), {"all": "x"}, "'losses' of components must map names to int or float"),
+        (("components", "reri"), [], "components.reri must be a dictionary by name, got []"),
+        (("components", "losses"), {"all": "x"}, "components.losses.all must be a number, got 'x'"),
         (
             ("components", "deci", "head.weight"),
             torch.zeros(3),
             "components and masks differ: 'deci' at ['head",
         ),
-        (("components", "group_of", "head.weight"), "camera", "differ in the groups of ['head.weight']"),
-        (("rewind_point",), {}, "state of a rewind point must hold ['buffers', "),
-        (("rewind_point",), {**POINT, "epoch": -1}, "epoch of the rewind point must be a whole number"),
+        (("components", "group_of", "head.weight"), "camera", "components and masks differ in group_of"),
+        (("rewind_point",), {}, "state.rewind_point must hold ['buffers', 'epoch',"),
+        (("rewind_point",), {**POINT, "epoch": -1}, "state.rewind_point.epoch must be a whole number"),
         (
             ("rewind_point",),
             {**POINT, "buffers": {"a": 1}},
-            "buffers of the rewind point must be a dict of Tensor",
+            "state.rewind_point.buffers.a must be a tensor, got 1",
         ),
         (
             ("rewind_point",),
             {**POINT, "optimizers": [3]},
-            "optimizers of the rewind point must be a list of dict",
+            "rewind_point.optimizers.0 must be a dictionary by name, got 3",
         ),
     ],
 )
@@ -248,7 +252,7 @@ def test_messages(gradual, path, damage, message):
     callback = pruner()
     callback.load_state_dict(gradual.state)
     before = callback.state_dict()
-    with pytest.raises(ValueError, match=re.escape(message).replace(r"\.\*", ".*").replace(r"\[.*\]", ".*")):
+    with pytest.raises(ValueError, match=re.escape(message)):
         callback.load_state_dict(put(gradual.state, path, damage))
     assert_same(callback.state_dict(), before)
 
@@ -256,21 +260,21 @@ def test_messages(gradual, path, damage, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"widths": []}, "widths of event 0 must be a dictionary by name, got []"),
+        ({"widths": []}, "events.0.widths must be a dictionary by name, got []"),
         (
             {"widths": {"a": [1]}},
-            "width of 'a' in event 0 must be two whole numbers, kept and total",
+            "state.events.0.widths.a must be two whole numbers, kept and total",
         ),
-        ({"widths": {"a": [3, 2]}}, "width of 'a' in event 0 must be two whole numbers, kept and total, got"),
+        ({"widths": {"a": [3, 2]}}, "events.0.widths.a must be two whole numbers, kept and total, got"),
         ({"widths": {"a": [True, 2]}}, "must be two whole numbers, kept and total, got [True, 2]"),
         ({"widths": {"a": [0, 2]}}, "must be two whole numbers, kept and total, got [0, 2]"),
-        ({"channels": 1.5}, "channels of event 0 must be in [0, 1], got 1.5"),
-        ({"flops": None}, "flops of event 0 must be a number, got None"),
-        ({"declared": []}, "declared groups of event 0 must be a dictionary by name, got []"),
-        ({"declared": {"g": 1}}, "declared group 'g' of event 0 must be a dictionary by name, got 1"),
+        ({"channels": 1.5}, "events.0.channels must be in [0, 1], got 1.5"),
+        ({"flops": None}, "events.0.flops must be in [0, 1], got None"),
+        ({"declared": []}, "events.0.declared must be a dictionary by name, got []"),
+        ({"declared": {"g": 1}}, "events.0.declared.g must be a dictionary by name, got 1"),
         (
             {"declared": {"g": {"a": 1}}},
-            "declared group 'g' of event 0 must map modules to sides, got {'a': 1}",
+            "events.0.declared.g.a must be text, got 1",
         ),
     ],
 )
@@ -296,18 +300,18 @@ def test_other_groups_are_refused(gradual):
 @pytest.mark.parametrize(
     ("path", "damage", "where"),
     [
-        (("optimizers", 0, "param_groups", 0, "lr"), "x", "optimizer.param_groups.0.lr"),
-        (("optimizers", 0, "param_groups", 0, "betas"), (0.9,), "optimizer.param_groups.0.betas"),
-        (("optimizers", 0, "param_groups", 0, "params"), [1], "optimizer.param_groups.0.params"),
-        (("optimizers", 0, "state"), None, "optimizer"),
-        (("optimizers", 0, "state"), {99: {}}, "optimizer.state.99"),
-        (("optimizers", 0, "state"), {0: {"exp_avg": torch.zeros(5)}}, "optimizer.state.0"),
-        (("schedulers", 0, "base_lrs"), None, "scheduler.base_lrs"),
-        (("schedulers", 0, "gamma"), math.nan, "scheduler.gamma"),
+        (("optimizers", 0, "param_groups", 0, "lr"), "x", "['param_groups'][0]['lr']"),
+        (("optimizers", 0, "param_groups", 0, "betas"), (0.9,), "['param_groups'][0]['betas'][1]"),
+        (("optimizers", 0, "param_groups", 0, "params"), [1], "['param_groups'][0]['params'][0]"),
+        (("optimizers", 0, "state"), None, ""),
+        (("optimizers", 0, "state"), {99: {}}, "['state'][99]"),
+        (("optimizers", 0, "state"), {0: {"exp_avg": torch.zeros(5)}}, "['state'][0]"),
+        (("schedulers", 0, "base_lrs"), None, "['base_lrs'][0]"),
+        (("schedulers", 0, "gamma"), math.nan, "['gamma']"),
     ],
 )
 def test_a_rewind_point_that_would_not_load_is_refused_before_the_first_step(rewinding, path, damage, where):
     state = put(rewinding.state, ("rewind_point", *path), damage)
-    message = f"cannot rewind to epoch 0: what was saved at '{where}' does not fit; resume from another"
+    message = f"cannot rewind to epoch 0: what was saved at {path[0][:-1]}{where} does not fit; resume from"
     with pytest.raises(ValueError, match=re.escape(message)):
         rewinding.outcome(state)

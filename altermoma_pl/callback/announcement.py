@@ -2,122 +2,80 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 
 import altermoma_pl.report.figures as figures
-from altermoma_pl.callback.state import PruningState
-from altermoma_pl.report.sparsity import SparsityReport
+from altermoma_pl.callback.lightning_internals import is_trial, print_beside_bar
 from altermoma_pl.score import Components
+
+if TYPE_CHECKING:
+    from altermoma_pl.callback.callback import AlterMOMACallback
 
 
 def announce(
-    trainer: Trainer,
-    state: PruningState,
-    components: Components | None,
-    seconds: float,
-    name: str | None,
-    output_dir: str | None,
-    with_figures: bool,
+    callback: AlterMOMACallback, trainer: Trainer, components: Components | None, seconds: float
 ) -> None:
     """Print one table, log the event's metrics and draw it.
 
     Nothing is printed and logged in a barebones run; only the first process does any of it.
 
     Args:
+        callback: Whose latest event it is.
         trainer: The Trainer.
-        state: After the event.
-        components: What it measured, where the criterion has them.
+        components: What the event measured, where the criterion has them.
         seconds: How long it took.
-        name: Of the callback.
-        output_dir: Where figures go; None for the logger's folder.
-        with_figures: Whether to draw.
     """
-    report = state.report()
-    folder = _folder(trainer, output_dir, name)  # asks all processes: before any of them returns
+    report, event, masks, name = callback.report(), callback.events[-1], callback.masks, callback.name
+    folder = _folder(trainer, callback.output_dir, name)  # asks all processes: before any of them returns
     if not trainer.is_global_zero:
         return
     prefix = "pruning" if name is None else f"pruning/{name}"
     if not trainer.barebones:
-        _tell(trainer, state, report, seconds, name)
-        _log(trainer, state, report, seconds, prefix)
-    if with_figures:
-        _draw(trainer, state, report, components, folder, prefix)
+        print_beside_bar(trainer, report.to_text(_title(event, seconds, name)))
+        metrics = {f"{prefix}/{key}": value for key, value in _metrics(event, seconds).items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+    if callback.figures and masks is not None and figures.available():
+        # Each process has only some rows of what is sharded, and only this one draws.
+        shown = None if masks.sharded else components
+        boards = [board for board in map(_experiment, trainer.loggers) if hasattr(board, "add_figure")]
+        drawn = figures.draw_pruning(report, callback.events, shown, masks) if folder or boards else {}
+        if folder is not None:
+            figures.save(drawn, folder)
+        for board in boards:
+            for title, figure in drawn.items():
+                board.add_figure(f"{prefix}/{title}", figure, global_step=trainer.global_step, close=False)
 
 
-def _tell(
-    trainer: Trainer, state: PruningState, report: SparsityReport, seconds: float, name: str | None
-) -> None:
-    event = state.events[-1]
+def _title(event: dict[str, Any], seconds: float, name: str | None) -> str:
     who = "" if name is None else f"{name}: "
     beta = f", beta {event['beta']:g}" if "beta" in event else ""
     skipped = f", {event['num_skipped']} batches were not finite" if "num_skipped" in event else ""
-    title = f"{who}Pruned before epoch {event['epoch']} in {seconds:.1f} s{beta}{skipped}"
-    _print(trainer, report.to_text(title))
+    return f"{who}Pruned before epoch {event['epoch']} in {seconds:.1f} s{beta}{skipped}"
 
 
-def _log(trainer: Trainer, state: PruningState, report: SparsityReport, seconds: float, prefix: str) -> None:
-    event = state.events[-1]
-    metrics = {"sparsity": report.sparsity, "seconds": seconds}
+def _metrics(event: dict[str, Any], seconds: float) -> dict[str, float]:
+    metrics = {"sparsity": event["sparsity"], "seconds": seconds}
     metrics |= {f"kept/{group}": share for group, share in event["kept"].items()}
     metrics |= {f"loss/{which}": loss for which, loss in event["losses"].items()}
-    if "num_skipped" in event:
-        metrics["num_skipped"] = event["num_skipped"]
-    metrics |= {key: event[key] for key in ("beta", "channels", "flops") if key in event}
-    for logger in trainer.loggers:
-        logger.log_metrics({f"{prefix}/{k}": v for k, v in metrics.items()}, step=trainer.global_step)
+    optional = ("num_skipped", "beta", "channels", "flops")
+    return metrics | {key: event[key] for key in optional if key in event}
 
 
-def _draw(
-    trainer: Trainer,
-    state: PruningState,
-    report: SparsityReport,
-    components: Components | None,
-    folder: Path | None,
-    prefix: str,
-) -> None:
-    """To `folder` and to every logger that takes figures as TensorBoard's does.
-
-    Nothing is drawn without matplotlib, or where nobody would see it.
-    """
-    loggers = [each for each in trainer.loggers if callable(getattr(_experiment(each), "add_figure", None))]
-    if state.masks is None or not (folder or loggers) or not figures.available():
-        return
-    # Each process has only some rows of what is sharded, and only this one draws.
-    drawn = figures.draw_pruning(
-        report, state.events, None if state.masks.sharded else components, state.masks
-    )
-    if folder is not None:
-        figures.save(drawn, folder)
-    for logger in loggers:
-        for name, figure in drawn.items():
-            _experiment(logger).add_figure(
-                f"{prefix}/{name}", figure, global_step=trainer.global_step, close=False
-            )
-
-
-def _print(trainer: Trainer, text: str) -> None:
-    """As `LightningModule.print`, which fails beside progress bars that derive from the plain class."""
-    bar = trainer.progress_bar_callback
-    if bar is not None and getattr(bar, "is_enabled", False):
-        bar.print(text)
-    else:
-        sys.stdout.write(text + "\n")
+def _experiment(logger: Logger) -> Any:
+    """What figures are added to, if it takes them as TensorBoard's does."""
+    return getattr(logger, "experiment", None)
 
 
 def _folder(trainer: Trainer, output_dir: str | None, name: str | None) -> Path | None:
     """`output_dir`, or `pruning` in the logger's folder; None where nothing is to be written."""
-    if trainer.barebones or getattr(trainer, "fast_dev_run", False):
+    if trainer.barebones or is_trial(trainer):
         return None
     if output_dir is not None:
         return Path(output_dir)
     log_dir = trainer.log_dir
     return Path(log_dir) / "pruning" / (name or "") if trainer.loggers and log_dir else None
-
-
-def _experiment(logger: Logger) -> Any:
-    return getattr(logger, "experiment", None)

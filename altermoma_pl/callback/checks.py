@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from altermoma_pl.callback.loaders import Batches, ProbeLoader
-from altermoma_pl.granularity import Granularity, Sparsity
+from altermoma_pl.granularity import Granularity, Sparsity, parse_granularity
 from altermoma_pl.mask.masks import Masks
 from altermoma_pl.mask.schedules import Schedule
 from altermoma_pl.mask.top_k import Scope, check_density, check_sparsity
@@ -19,7 +19,9 @@ from altermoma_pl.model.distributed import check_division, is_sharded, local, su
 from altermoma_pl.model.modality import SHARED
 from altermoma_pl.model.options import check_type
 from altermoma_pl.score import Criterion
-from altermoma_pl.score.calibration import OnNonFinite, known_length
+
+if TYPE_CHECKING:
+    from altermoma_pl.callback.callback import AlterMOMACallback
 
 _NAME = re.compile(r"[\w-]+")
 _SUPPORTED = ("SingleDeviceStrategy", "SingleDeviceXLAStrategy", "DDPStrategy", "ModelParallelStrategy")
@@ -29,22 +31,27 @@ _INSTEAD = {
 }
 
 
-def check_options(
-    modalities: Iterable[str],
-    sparsity: Sparsity,
-    scope: str,
-    min_density: float,
-    loader: str,
-    on_nonfinite: str,
+def check_options_of(
+    callback: AlterMOMACallback, prunable: list[str] | None, hints: Mapping[str, Any]
 ) -> None:
-    """Raise a `ValueError` if an option of the callback is out of range or names an unknown modality."""
-    check_type("scope", scope, Scope)
-    check_type("loader", loader, ProbeLoader)
-    check_type("min_density", min_density, float)
-    check_type("on_nonfinite", on_nonfinite, OnNonFinite)
-    check_density(min_density)
+    """Raise a `ValueError` if an option is not what its annotation says, is out of range, or clashes."""
+    for option, hint in hints.items():
+        value = vars(callback).get(option)
+        if option not in ("sparsity", "return") and not isinstance(value, Path):
+            check_type(option, value, hint)
+    check_density(callback.min_density)
+    _check_sparsity(callback.modalities, callback.sparsity, callback.scope)
+    _check_parts(callback.criterion, callback.schedule, prunable, callback.seed, callback.name)
+    granularity = parse_granularity(callback.granularity)
+    granularity.check(callback.criterion, callback.sparsity, callback.scope, callback.min_density)
+    if granularity.by_channel and callback.store_components:
+        raise ValueError("store_components is for single weights: components of channels are not stored")
+
+
+def _check_sparsity(modalities: Iterable[str], sparsity: Sparsity, scope: Scope) -> None:
+    """Raise a `ValueError` if the sparsity is out of range, or not one for each modality."""
     if not isinstance(sparsity, dict):
-        check_sparsity(_number(sparsity))
+        check_sparsity(_no_boolean(sparsity))
         return
     if scope != "modality":
         raise ValueError(
@@ -55,38 +62,29 @@ def check_options(
     if unknown or missing:
         raise ValueError(f"sparsity must name each of {known}: unknown are {unknown}, missing are {missing}")
     for group, share in sparsity.items():
-        check_sparsity(_number(share), f"sparsity of {group!r}")
+        check_sparsity(_no_boolean(share), f"sparsity of {group!r}")
 
 
-def check_parts(
-    criterion: Criterion, schedule: Schedule, prunable: list[str] | None, seed: int, **others: Any
+def _check_parts(
+    criterion: Criterion, schedule: Schedule, prunable: list[str] | None, seed: int, name: str | None
 ) -> None:
-    """Raise a `ValueError` if an option of the callback is of another type than described.
-
-    Args:
-        criterion: Must be a `Criterion`.
-        schedule: Must be a `Schedule`.
-        prunable: Must be a list of strings, or None.
-        seed: Must be one that torch takes.
-        **others: Name -> value and annotation.
-    """
-    for name, part, kind in (("criterion", criterion, Criterion), ("schedule", schedule, Schedule)):
+    """Raise a `ValueError` if an option of the callback is not what its annotation says, or out of range."""
+    for option, part, kind in (("criterion", criterion, Criterion), ("schedule", schedule, Schedule)):
         if not isinstance(part, kind):
             raise ValueError(
-                f"{name} must be an object that derives from {kind.__name__}, got {part!r}: give for example "
-                f"{'Magnitude()' if kind is Criterion else 'OneShot(0)'}"
+                f"{option} must be an object that derives from {kind.__name__}, got {part!r}: give for "
+                f"example {'Magnitude()' if kind is Criterion else 'OneShot(0)'}"
             )
     listed = prunable is None or isinstance(prunable, (list, tuple))
     if not listed or not all(isinstance(pattern, str) and pattern for pattern in prunable or ()):
         raise ValueError(f"prunable must be a list of patterns over parameter names, got {prunable!r}")
-    check_type("seed", seed, int)
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must be at least 0 and below 2**63, got {seed}")
-    for name, (value, hint) in others.items():
-        check_type(name, value, hint)
+    if name is not None and not _NAME.fullmatch(name):
+        raise ValueError(f"name must be None, or made of letters, digits, '_' and '-', got {name!r}")
 
 
-def _number(value: Any) -> Any:
+def _no_boolean(value: Any) -> Any:
     """The value, in a form that is no number where it is a boolean."""
     return repr(value) if isinstance(value, bool) else value
 
@@ -113,29 +111,6 @@ def check_zeros(masks: Masks, model: nn.Module) -> None:
                 f"{name!r} is not zero where the masks that this callback holds prune it: they are of "
                 f"another run; give a new model a new callback, or resume from a checkpoint that has both"
             )
-
-
-def check_granularity(
-    granularity: Granularity,
-    criterion: Criterion,
-    sparsity: Sparsity,
-    scope: Scope,
-    min_density: float,
-    store_components: bool,
-) -> None:
-    """Raise a `ValueError` if the other options cannot go with what is pruned as one piece."""
-    granularity.check(criterion, sparsity, scope, min_density)
-    if granularity.by_channel and store_components:
-        raise ValueError("store_components is for single weights: components of channels are not stored")
-
-
-def check_not_empty(batches: Batches, kind: str) -> None:
-    """Raise a `ValueError` if a loader of known length has no batch."""
-    if known_length(batches) == 0:
-        raise ValueError(
-            f"the {kind} loader is empty, at least one batch is needed to score weights: check its data set, "
-            f"drop_last and the Trainer's limits on batches"
-        )
 
 
 def check_long_enough(schedule: Schedule, max_epochs: int | None) -> None:
@@ -165,17 +140,6 @@ def warn_if_short(schedule: Schedule, sparsity: float, missing: float, share_of:
             f"still to be pruned: the last event of {schedule} is at epoch {schedule.last_epoch}",
             stacklevel=3,
         )
-
-
-def callbacks_of(trainer: Any) -> list[Callback]:
-    """All callbacks of a Trainer: it gets the attribute from elsewhere, so that its type is not known."""
-    return list(trainer.callbacks)
-
-
-def check_name(name: str | None) -> None:
-    """Raise a `ValueError` unless the name can be a part of metrics, files and keys, or is None."""
-    if name is not None and not (isinstance(name, str) and _NAME.fullmatch(name)):
-        raise ValueError(f"name must be None, or made of letters, digits, '_' and '-', got {name!r}")
 
 
 def check_disjoint(
@@ -216,23 +180,25 @@ def check_sharding(
     if not is_sharded(module.parameters()):
         return
     check_division(module.parameters())
-    if not criterion.shardable:
-        raise ValueError(
-            f"{type(criterion).__name__} needs whole parameters, and those of this model are sharded over "
-            f"processes: use AlterEva, SNIP, Taylor or Magnitude, or strategy='ddp'"
-        )
-    if not granularity.shardable:
-        raise ValueError(
-            f"{granularity} needs whole parameters, and those of this model are sharded over processes: "
-            f"use the granularity 'weight', or strategy='ddp'"
-        )
-    if schedule.rewinds_to is not None:
-        raise ValueError(
-            f"{type(schedule).__name__} keeps a copy of whole parameters, and those of this model are "
-            f"sharded over processes: use another schedule, or strategy='ddp'"
-        )
-    if store_components:
-        raise ValueError(
-            "store_components=True would save one process's rows of DeCI and ReRI only, since the parameters "
-            "of this model are sharded over processes: leave it out, or use strategy='ddp'"
-        )
+    for refused, why, instead in (
+        (
+            not criterion.shardable,
+            f"{type(criterion).__name__} needs whole parameters",
+            "AlterEva, SNIP, Taylor or Magnitude",
+        ),
+        (not granularity.shardable, f"{granularity} needs whole parameters", "the granularity 'weight'"),
+        (
+            schedule.rewinds_to is not None,
+            f"{type(schedule).__name__} keeps a copy of whole parameters",
+            "another schedule",
+        ),
+        (
+            store_components,
+            "store_components=True would save one process's rows of DeCI and ReRI",
+            "store_components=False",
+        ),
+    ):
+        if refused:
+            raise ValueError(
+                f"{why}, and those of this model are sharded over processes: use {instead}, or strategy='ddp'"
+            )

@@ -12,12 +12,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader, DistributedSampler
 
+from altermoma_pl.callback.lightning_internals import is_trial, load_validation, to_device
 from altermoma_pl.model.distributed import num_processes, rank
 
 ProbeLoader = Literal["auto", "calibration", "validation", "training"]
-
-# Where the hooks of datamodules are that do nothing; the classes of the two packages are distinct.
-_HOOKS = ("lightning.pytorch.core.hooks", "pytorch_lightning.core.hooks")
 
 
 class Batches:
@@ -46,7 +44,7 @@ class Batches:
         self.rewind()
         parts = (itertools.islice(loader, limit) for loader, limit in self._loaders)
         for index, batch in enumerate(itertools.chain.from_iterable(parts)):
-            yield index, _to_device(self._trainer, batch)
+            yield index, to_device(self._trainer, batch)
 
     def rewind(self) -> None:
         """Bring the loaders' own generators back to where they were."""
@@ -72,7 +70,7 @@ def probe_batches(trainer: Trainer, module: LightningModule, which: ProbeLoader)
     calibration = _calibration_hook(trainer, module) if which != "validation" else None
     if calibration is not None:
         # It exists for scoring alone: only a fast_dev_run limits it, not limit_val_batches.
-        limit = trainer.limit_val_batches if getattr(trainer, "fast_dev_run", False) else 1.0
+        limit = trainer.limit_val_batches if is_trial(trainer) else 1.0
         return Batches(trainer, [_own_share(loader) for loader in _as_list(calibration())], limit)
     if which == "calibration":
         raise ValueError(
@@ -81,7 +79,7 @@ def probe_batches(trainer: Trainer, module: LightningModule, which: ProbeLoader)
         )
     loaders = trainer.val_dataloaders
     if loaders is None:
-        loaders = _load_validation(trainer)
+        loaders = load_validation(trainer)
     if loaders is None:
         raise ValueError(
             f"there is no held-out loader to score weights with (limit_val_batches="
@@ -140,18 +138,6 @@ def _calibration_hook(trainer: Trainer, module: LightningModule) -> Any:
     return getattr(datamodule, "calibration_dataloader", getattr(module, "calibration_dataloader", None))
 
 
-def _load_validation(trainer: Trainer) -> Any:
-    """Load the validation loaders as the Trainer would before its first validation."""
-    if not trainer.enable_validation:  # asked to load all the same, Lightning leaves DataLoader patched
-        return None
-    trainer.validating = True
-    try:
-        trainer.fit_loop.epoch_loop.val_loop.setup_data()
-    finally:
-        trainer.training = True
-    return trainer.val_dataloaders
-
-
 def _as_list(loaders: Any) -> list[Any]:
     if isinstance(loaders, Mapping):
         return list(loaders.values())
@@ -183,14 +169,3 @@ def _limit(loader: Any, limit: int | float) -> int | None:
     if isinstance(limit, int):
         return limit
     return None if limit == 1.0 else int(len(loader) * limit)
-
-
-def _to_device(trainer: Trainer, batch: Any) -> Any:
-    """What the training loop does to a batch before training_step."""
-    batch = trainer.precision_plugin.convert_input(batch)
-    datamodule = getattr(trainer, "datamodule", None)
-    own = getattr(type(datamodule), "on_before_batch_transfer", None)
-    overridden = own is not None and own.__module__ not in _HOOKS
-    hooks: Any = datamodule if overridden else trainer.lightning_module
-    batch = hooks.on_before_batch_transfer(batch, 0)
-    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
+from altermoma_pl.callback.lightning_internals import log_silenced
 from altermoma_pl.score import LossFunction
 
 
@@ -27,13 +28,13 @@ def loss_function(trainer: Trainer, module: LightningModule) -> LossFunction:
     def loss(_: nn.Module, numbered_batch: tuple[int, Any]) -> Tensor:
         index, batch = numbered_batch
         precision = nullcontext() if mixed else trainer.precision_plugin.train_step_context()
-        with quiet(module), precision:
+        with log_silenced(module), precision:
             return _as_tensor(step(batch, index), _step_name(module))
 
     return loss
 
 
-def check_loss(module: LightningModule) -> None:
+def check_step(module: LightningModule) -> None:
     """Raise before training if the module's loss cannot be computed by calling one function.
 
     Raises:
@@ -51,27 +52,6 @@ def check_loss(module: LightningModule) -> None:
             f"training_step of {type(module).__name__} takes an iterator over batches: define "
             f"`pruning_loss(self, batch, batch_idx)` that returns the loss of one batch"
         )
-
-
-@contextmanager
-def quiet(module: nn.Module) -> Iterator[None]:
-    """Make `log` and `log_dict` of the module and of those inside it do nothing."""
-    loggers = [m for m in module.modules() if callable(getattr(m, "log_dict", None))]
-    saved = [{name: vars(m)[name] for name in ("log", "log_dict") if name in vars(m)} for m in loggers]
-    for each in loggers:
-        vars(each)["log"] = vars(each)["log_dict"] = _ignore
-    try:
-        yield
-    finally:
-        for each, old in zip(loggers, saved, strict=True):
-            for name in ("log", "log_dict"):
-                del vars(each)[name]
-            for name, value in old.items():
-                vars(each)[name] = value
-
-
-def _ignore(*_: Any, **__: Any) -> None:
-    """Stand in for `self.log`."""
 
 
 def _step_name(module: LightningModule) -> str:

@@ -95,12 +95,11 @@ class PruningState:
         reri = self.components.reri
         parts = {"deci": self.components.deci, "magnitude": self.components.magnitude, **reri}
         for what, tensors in parts.items():
-            # Redundancy is of the parameters outside the modality that was deactivated, and one value of it
-            # may stand for a whole tensor.
+            # Redundancy is of the parameters outside the modality that was deactivated.
             names = {name for name in masks if what not in reri or self.group_of[name] != what}
-            whole = what in reri and all(tensor.ndim == 0 for tensor in tensors.values())
+            whole = what in reri and self.components.level == "tensor"
             wrong = names ^ tensors.keys() or {
-                name for name in names if not whole and tensors[name].shape != masks[name].shape
+                name for name in names if tensors[name].shape != (() if whole else masks[name].shape)
             }
             check(not wrong, f"components and masks differ: {what!r} at {sorted(wrong)}")
 

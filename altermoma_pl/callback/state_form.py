@@ -91,6 +91,7 @@ _COMPONENTS = {
     "group_of": _TEXTS,
     "losses": {"*": _NUMBER},
     "magnitude": _TENSORS,
+    "level?": None,
 }
 _POINT = {
     "epoch": _COUNT,

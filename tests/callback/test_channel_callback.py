@@ -214,7 +214,7 @@ def test_what_cannot_work_is_told_before_the_first_step(module, options, data, m
     [
         ({"criterion": GraSP()}, "GraSP scores single weights, not channels"),
         ({"store_components": True}, "store_components is for single weights"),
-        ({"granularity": 124}, "in quotes: YAML reads a number"),
+        ({"granularity": 124}, "in quotes: YAML reads 2:4 as 124"),
     ],
 )
 def test_options_that_cannot_go_with_channels_are_refused(options, message):

@@ -14,7 +14,7 @@ from torch import multiprocessing
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from altermoma_pl import OneShot
-from altermoma_pl.callback.memory import memory_advice
+from altermoma_pl.callback.scoring import memory_advice
 from altermoma_pl.callback.state import PruningState
 from altermoma_pl.score import SNIP, GraSP, ProsPr
 from tests.helpers.lightning_models import (

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from altermoma_pl.callback.loss import check_loss, loss_function, quiet
+from altermoma_pl.callback.lightning_internals import log_silenced
+from altermoma_pl.callback.loss import check_step, loss_function
 from tests.helpers.lightning_models import PRUNABLE, Fusion, Manual, fit, loader, num_zeros, pruner, trainer
 
 BATCH = next(iter(loader()))
@@ -147,7 +148,7 @@ def test_pruning_loss_takes_precedence_in_a_run():
 
 
 def test_manual_optimization_with_pruning_loss_is_fine():
-    assert check_loss(Manual()) is None
+    assert check_step(Manual()) is None
 
 
 # Precision.
@@ -203,7 +204,7 @@ def test_quiet_covers_modules_inside_and_comes_back_after_an_error():
     own = module.part.log = lambda *_: calls.append("own")
 
     def inside() -> None:
-        with quiet(module):
+        with log_silenced(module):
             module.log("a", 1)
             module.log_dict({"a": 1})
             module.part.log("a", 1)
@@ -225,6 +226,6 @@ def test_loss_layers_with_other_attributes_called_log_are_left():
     module = Fusion()
     module.add_module("part", nn.Identity())
     module.part.log = "a file"
-    with quiet(module):
+    with log_silenced(module):
         assert module.part.log == "a file"
     assert module.part.log == "a file"

@@ -1,5 +1,6 @@
 """The bar while scoring, beside each of Lightning's."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -7,8 +8,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-from altermoma_pl.callback import progress
-from altermoma_pl.callback.progress import _RichBar, _TqdmBar, scoring_bar
+from altermoma_pl.callback import lightning_internals
+from altermoma_pl.callback.lightning_internals import ScoringBar, _rich_task, _tqdm_bar, scoring_bar
 from tests.helpers.lightning_models import Fusion, fit, num_zeros, pruner, short, trainer
 
 PHASES = (
@@ -65,7 +66,7 @@ def test_tqdm_is_closed_also_after_an_error(monkeypatch):
 
     made: list[Any] = []
     closed: set[int] = set()
-    monkeypatch.setattr(progress, "Tqdm", Recorded)
+    monkeypatch.setattr(lightning_internals, "Tqdm", Recorded)
     fit(Fusion(), pruner(), TQDMProgressBar(), enable_progress_bar=True)
     assert (len(made), len(closed)) == (7, 7)  # phases
     with pytest.raises(RuntimeError, match="in the loss"):
@@ -121,13 +122,20 @@ def test_scoring_bar_without_a_trainers_bar_yields_nothing():
         assert show("phase", 0, None) is None
 
 
-def test_tqdm_counts_up_and_restarts_with_each_phase(capsys):
-    bar = _TqdmBar()
+def test_tqdm_counts_up_and_restarts_with_each_phase(capsys, monkeypatch):
+    class Recorded(Tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    made: list[Any] = []
+    monkeypatch.setattr(lightning_internals, "Tqdm", Recorded)
+    bar = ScoringBar(_tqdm_bar)
     bar.show("first", 0, 3)
     bar.show("first", 2, 3)
-    assert (bar._bar.n, bar._bar.total) == (2, 3)
+    assert [(each.n, each.total) for each in made] == [(2, 3)]
     bar.show("second", 1, None)
-    assert (bar._bar.n, bar._bar.total) == (1, None)
+    assert [(each.n, each.total) for each in made] == [(2, 3), (1, None)]
     bar.close()
     assert bar._bar is None
     bar.close()
@@ -138,7 +146,7 @@ def test_rich_counts_up_and_restarts_with_each_phase():
     from rich.progress import Progress
 
     shown = Progress(disable=True)
-    bar = _RichBar(shown)
+    bar = ScoringBar(partial(_rich_task, shown))
     bar.show("first", 2, 3)
     assert [(task.description, task.completed, task.total) for task in shown.tasks] == [
         ("Scoring: first", 2, 3)

@@ -608,7 +608,7 @@ def test_several_fits_with_one_callback():
 
 
 def hooks_of(module: Any, callback: AlterMOMACallback) -> bool:
-    return callback._enforcement is not None or bool(vars(module).get("_forward_pre_hooks"))
+    return callback._held.enforcement is not None or bool(vars(module).get("_forward_pre_hooks"))
 
 
 COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda callback: pickle.loads(pickle.dumps(callback))}
@@ -642,13 +642,13 @@ def test_copies_during_fit_hold_nothing_of_the_run(how):
     callback, copies = pruning(), Copies()
     fit(Fusion(), callback, copies)
     taken, module = copies.taken
-    assert taken._enforcement is None
+    assert taken._held.enforcement is None
     assert_pruned(module, taken.masks, 64)
     assert len(taken.events) == 2
     module.head.weight.data.fill_(1.0)
     with pytest.raises(ValueError, match="is not zero where the masks"):
         fit(module, taken)
-    assert taken._enforcement is None
+    assert taken._held.enforcement is None
 
 
 def test_the_learning_rate_finder_leaves_the_run_and_its_zeros(tmp_path):

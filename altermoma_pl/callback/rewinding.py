@@ -86,8 +86,8 @@ class RewindPoint:
         """Raise a `ValueError` if parameters, buffers, optimizers or schedulers are others by now."""
         live = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         schedulers = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
-        found = _described(live, trainer.optimizers, schedulers)
-        expected = _described(self._tensors, self.optimizers, self.schedulers)
+        found = _conditions(live, trainer.optimizers, schedulers)
+        expected = _conditions(self._tensors, self.optimizers, self.schedulers)
         names = [n for n in sorted(found.keys() | expected.keys()) if found.get(n) != expected.get(n)]
         if names:
             raise ValueError(
@@ -116,7 +116,7 @@ def check_rewindable(schedule: Schedule, point: RewindPoint | None, epoch: int) 
         )
 
 
-def _described(
+def _conditions(
     tensors: Mapping[str, Tensor], optimizers: Sequence[Any], schedulers: Sequence[Any]
 ) -> dict[str, Any]:
     """What must be the same when a state is brought back, by name."""

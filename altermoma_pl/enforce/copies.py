@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -22,8 +23,7 @@ def hold_everywhere_(
     made before an event know nothing of it, and some callbacks exchange them with the model's weights
     for validation, save them in its place, or leave them in it when training ends.
     """
-    places: list[dict[str, Tensor]] = [dict(module.named_parameters())]
-    places += [*copies(callbacks, module, masks)]
+    places: list[dict[str, Tensor]] = [dict(module.named_parameters()), *copies(callbacks, module, masks)]
     if saved is not None and masks.keys() <= saved.keys():
         places.append({name: saved[name] for name in masks})
     for tensors in places:
@@ -72,11 +72,7 @@ def _wrappers(name: str, tensors: Iterable[str]) -> list[str]:
 
 def _shortened(names: list[str]) -> Iterator[dict[str, str]]:
     """The names, and again without their first part as long as it is the same in all: short -> full."""
-    short = {name: name for name in names}
-    while True:
-        yield short
-        shorter = {own.partition(".")[2]: name for own, name in short.items()}
-        # Never down to a bare `weight`, which any module has.
-        if len({own.partition(".")[0] for own in short}) > 1 or not all("." in own for own in shorter):
-            return
-        short = shorter
+    # Two parts are left at least: any module has a bare `weight`.
+    shared = os.path.commonprefix([name.split(".")[:-2] for name in names])  # noqa: RUF071 (of lists)
+    for start in range(len(shared) + 1):
+        yield {".".join(name.split(".")[start:]): name for name in names}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +38,7 @@ class Enforcement:
         if [*map(id, optimizers)] != [*map(id, self._optimizers)]:
             self.release()
             self._optimizers = list(optimizers)
-            self._handles = [o.register_step_post_hook(self._after_step) for o in self._optimizers]
+            self._handles = [o.register_step_post_hook(lambda *_: self.hold_()) for o in self._optimizers]
 
     @property
     def masks(self) -> Masks:
@@ -74,9 +73,6 @@ class Enforcement:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-
-    def _after_step(self, *_: Any) -> None:
-        self.hold_()
 
     @torch.no_grad()
     def _zero_moments_(self) -> None:

@@ -154,7 +154,7 @@ def _no_deci(state: dict[str, Any]) -> None:
         (_with("format", 1), "has format 1, this version reads 2"),
         (_other_group, "masks and groups differ"),
         (_with("masks", None), "masks and groups differ"),
-        (_short_bits, "'head.weight': 0 elements of torch.uint8 cannot hold 8 bits"),
+        (_short_bits, "which is not so at 'head.weight': ValueError"),
         (_no_bits, r"state.masks.head.weight must hold \['bits', 'shape'\]"),
         (_no_deci, "state.components must hold"),
     ],

@@ -184,6 +184,7 @@ def test_a_training_that_fails_leaves_nothing_under_its_name(tmp_path):
 
 
 def test_files_are_replaced_whole(tmp_path):
-    write_whole(tmp_path / "file", "old")
-    write_whole(tmp_path / "file", "new")
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "new")]
+    folder = tmp_path / "made" / "for it"
+    write_whole(folder / "file", "old")
+    write_whole(folder / "file", "new")
+    assert [(path.name, path.read_text()) for path in folder.iterdir()] == [("file", "new")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, get_type_hints
 
@@ -108,13 +109,14 @@ class AlterMOMACallback(Callback):
         name: str | None = None,
     ) -> None:
         self.modalities = Modalities(modalities)
-        self.sparsity = sparsity
+        # Hydra gives mappings and sequences of its own, and checkpoints hold builtins only.
+        self.sparsity = dict(sparsity) if isinstance(sparsity, Mapping) else sparsity
         self.criterion = criterion
         self.schedule = schedule
         self.scope = scope
         self.granularity = granularity
         self.min_density = min_density
-        self.prunable = prunable or []
+        self.prunable = list(prunable or ())
         self.loader = loader
         self.on_nonfinite = on_nonfinite
         self.seed = seed

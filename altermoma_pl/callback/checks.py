@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +75,7 @@ def _check_parts(
                 f"{option} must be an object that derives from {kind.__name__}, got {part!r}: give for "
                 f"example {'Magnitude()' if kind is Criterion else 'OneShot(0)'}"
             )
-    listed = prunable is None or isinstance(prunable, (list, tuple))
+    listed = prunable is None or (isinstance(prunable, Sequence) and not isinstance(prunable, str))
     if not listed or not all(isinstance(pattern, str) and pattern for pattern in prunable or ()):
         raise ValueError(f"prunable must be a list of patterns over parameter names, got {prunable!r}")
     if not 0 <= seed < 2**63:

@@ -37,7 +37,7 @@ def check_options_of(
     """Raise a `ValueError` if an option is not what its annotation says, is out of range, or clashes."""
     for option, hint in hints.items():
         value = vars(callback).get(option)
-        if option not in ("sparsity", "return") and not isinstance(value, Path):
+        if option not in ("sparsity", "name", "return") and not isinstance(value, Path):
             check_type(option, value, hint)
     check_density(callback.min_density)
     _check_sparsity(callback.modalities, callback.sparsity, callback.scope)
@@ -80,7 +80,7 @@ def _check_parts(
         raise ValueError(f"prunable must be a list of patterns over parameter names, got {prunable!r}")
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must be at least 0 and below 2**63, got {seed}")
-    if name is not None and not _NAME.fullmatch(name):
+    if name is not None and not (isinstance(name, str) and _NAME.fullmatch(name)):
         raise ValueError(f"name must be None, or made of letters, digits, '_' and '-', got {name!r}")
 
 

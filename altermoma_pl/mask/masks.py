@@ -71,8 +71,7 @@ class Masks(Mapping[str, Tensor]):
     def counts(self) -> dict[str, int]:
         """Parameter name -> number of its weights that stay."""
         own = [int(local(mask).count_nonzero()) for mask in self._masks.values()]
-        counts = [int(n) for n in sums(own)] if self.sharded else own
-        return dict(zip(self._masks, counts, strict=True))
+        return dict(zip(self._masks, sums(own) if self.sharded else own, strict=True))
 
     @property
     def num_weights(self) -> int:

@@ -141,7 +141,7 @@ class Selection:
         if self._within is not None:
             for _, (alive,) in blocks(_own_rows(self._within[name], score)):
                 fewest = min(fewest, int(alive.sum(1).min()))
-        return min(found for (found,) in gathered([fewest])) if self._sharded else fewest
+        return min(gathered(fewest)) if self._sharded else fewest
 
     def check_finite(self, names: Sequence[str]) -> None:
         """Raise a `ValueError` with the name of the first parameter whose competing scores are not finite."""
@@ -163,8 +163,7 @@ class Selection:
 
     def _of_all(self, counts: dict[str, int]) -> dict[str, int]:
         """The sums over processes."""
-        totals = sums(list(counts.values())) if self._sharded else counts.values()
-        return dict(zip(counts, map(int, totals), strict=True))
+        return dict(zip(counts, sums(list(counts.values())), strict=True)) if self._sharded else counts
 
     def _tie(self, name: str) -> Tensor:
         score, tie = self._scores[name], self._ties[name]  # type: ignore[index]

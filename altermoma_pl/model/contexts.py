@@ -6,7 +6,7 @@ import random
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from altermoma_pl.model.distributed import like, local
 
-_NORMS = (nn.modules.batchnorm._NormBase,)
-_DROPOUTS = (nn.modules.dropout._DropoutNd, nn.MultiheadAttention)
+_NORM = nn.modules.batchnorm._NormBase
+_NOISY = (_NORM, nn.modules.dropout._DropoutNd, nn.MultiheadAttention)
 # Stochastic depth has no class in torch; these are the names that it goes by.
 _STOCHASTIC_DEPTH = ("DropPath", "StochasticDepth", "DropBlock")
 
@@ -56,23 +56,19 @@ def restored(model: nn.Module) -> Iterator[Callable[[], None]]:
 @contextmanager
 def modes_restored(model: nn.Module) -> Iterator[None]:
     """Bring the train and eval flag of every module back on exit."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
+    with ExitStack() as undo:
+        for module in model.modules():
+            undo.callback(setattr, module, "training", module.training)
         yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager
 def generators_restored() -> Iterator[None]:
     """Bring the generators of torch (CPU and CUDA), numpy and `random` back on exit."""
-    undo = list(_undo_draws())
-    try:
+    with ExitStack() as undo:
+        for bring_back in _undo_draws():
+            undo.callback(bring_back)
         yield
-    finally:
-        for bring_back in undo:
-            bring_back()
 
 
 @contextmanager
@@ -97,16 +93,12 @@ def deactivated(model: nn.Module, modality: Iterable[str]) -> Iterator[None]:
             f"cannot deactivate {unknown or 'nothing'}: give names of parameters of "
             f"{type(model).__name__}, as Modalities.resolve returns them"
         )
-    saved = {name: parameters[name].detach().clone() for name in names}
-    with torch.no_grad():
+    with ExitStack() as undo:
         for name in names:
-            parameters[name].zero_()
-    try:
+            values = parameters[name].detach()  # the same memory
+            undo.callback(values.copy_, values.clone())
+            values.zero_()
         yield
-    finally:
-        with torch.no_grad():
-            for name, value in saved.items():
-                parameters[name].copy_(value)
 
 
 @contextmanager
@@ -114,7 +106,9 @@ def noise_free(model: nn.Module) -> Iterator[None]:
     """Inside, norm layers use their running statistics and dropout is off; all else keeps its mode."""
     with modes_restored(model):
         for module in model.modules():
-            if _is_noisy(module):
+            if isinstance(module, _NORM) and module.running_mean is None:
+                continue  # evaluation mode would change nothing
+            if isinstance(module, _NOISY) or type(module).__name__ in _STOCHASTIC_DEPTH:
                 module.training = False
         yield
 
@@ -131,13 +125,6 @@ def bits_of(tensor: Tensor) -> Tensor:
     """The same memory as whole numbers of the same width; a view, whatever the strides."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.view(integers[tensor.element_size()])
-
-
-def _is_noisy(module: nn.Module) -> bool:
-    if isinstance(module, _NORMS):
-        # Without running statistics, evaluation mode would change nothing.
-        return module.running_mean is not None
-    return isinstance(module, _DROPOUTS) or type(module).__name__ in _STOCHASTIC_DEPTH
 
 
 def _undo(value: Any, depth: int) -> Iterator[Callable[[], object]]:

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 T = TypeVar("T")
+N = TypeVar("N", int, float)
 
 
 def num_processes() -> int:
@@ -69,12 +70,7 @@ def like(rows: Tensor, reference: Tensor) -> Tensor:
     if not isinstance(reference, DTensor):
         return rows
     return DTensor.from_local(
-        rows,
-        reference.device_mesh,
-        reference.placements,
-        run_check=False,
-        shape=reference.shape,
-        stride=reference.stride(),
+        rows, reference.device_mesh, reference.placements, shape=reference.shape, stride=reference.stride()
     )
 
 
@@ -100,13 +96,9 @@ def sum_(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def sums(values: Sequence[float]) -> list[float]:
-    """The sum over all processes of each number; whole numbers up to 2^53 are exact."""
-    if num_processes() == 1:
-        return list(values)
-    return [
-        float(x) for x in sum_(torch.tensor(values, dtype=torch.float64, device=_sending_device())).tolist()
-    ]
+def sums(values: Sequence[N]) -> list[N]:
+    """The sum over all processes of each number."""
+    return [sum(each) for each in zip(*gathered(values), strict=True)]
 
 
 def total(tensor: Tensor) -> float:
@@ -115,37 +107,30 @@ def total(tensor: Tensor) -> float:
     return sums([own])[0] if isinstance(tensor, DTensor) else own
 
 
-def gathered(values: Sequence[int]) -> list[list[int]]:
-    """The whole numbers of each process, in the order of processes."""
-    if num_processes() == 1:
-        return [list(values)]
-    own = torch.tensor(values, dtype=torch.int64, device=_sending_device())
-    others = [torch.empty_like(own) for _ in range(num_processes())]
-    dist.all_gather(others, own)
-    return [other.tolist() for other in others]
+def gathered(value: T) -> list[T]:
+    """The value of each process, in the order of processes; it is pickled."""
+    values = [value] * num_processes()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def all_agree(flag: bool) -> bool:
     """Whether the flag is set in all processes."""
-    return all(each == [1] for each in gathered([int(flag)]))
+    return all(gathered(flag))
 
 
 def of_first(value: T) -> T:
     """The value of the first process, in all of them; it is pickled."""
-    if num_processes() == 1:
-        return value
     held = [value]
-    dist.broadcast_object_list(held, src=0, device=_sending_device())
+    if num_processes() > 1:
+        dist.broadcast_object_list(held)
     return held[0]
 
 
 def check_same(digest: bytes, what: str) -> None:
-    """Prove that all processes have the same.
-
-    Raises:
-        RuntimeError: In every process, if the digest of one differs from that of the first.
-    """
-    digests = gathered(list(digest))
+    """Raise a `RuntimeError` in every process if the digest of one differs from that of the first."""
+    digests = gathered(digest)
     different = [process for process, other in enumerate(digests) if other != digests[0]]
     if different:
         raise RuntimeError(
@@ -170,14 +155,10 @@ def together(expected: type[Exception]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        gathered([1 if isinstance(error, expected) else 2])
+        gathered(1 if isinstance(error, expected) else 2)
         raise
-    failures = {process: kind for process, (kind,) in enumerate(gathered([0])) if kind}
-    if failures:
-        kind = RuntimeError if 2 in failures.values() else expected
-        raise kind(f"process {list(failures)} failed, so this one cannot go on: see its message")
-
-
-def _sending_device() -> torch.device:
-    """Where tensors must be to be sent."""
-    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    failures = gathered(0)
+    if any(failures):
+        failed = [process for process, failure in enumerate(failures) if failure]
+        kind = RuntimeError if 2 in failures else expected
+        raise kind(f"process {failed} failed, so this one cannot go on: see its message")

@@ -13,8 +13,6 @@ from torch.nn.parameter import UninitializedParameter
 SHARED = "shared"
 """Name of the group of all parameters that belong to no modality: fusion and task heads."""
 
-_COMPILED = "_orig_mod."  # torch.compile wraps a module under this name
-
 
 class Modalities(Mapping[str, tuple[str, ...]]):
     """Names the branches of a fusion model by patterns over module paths.
@@ -182,16 +180,15 @@ def _as_patterns(name: str, value: str | Sequence[str]) -> tuple[str, ...]:
 
 def _parameter_aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """First name of each learned parameter -> all of its names."""
-    first: dict[int, str] = {}
-    aliases: dict[str, list[str]] = {}
+    aliases: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if isinstance(parameter, UninitializedParameter):
             raise ValueError(
                 f"parameter {name!r} has no shape yet: run one batch through the lazy layers first"
             )
         if not is_constant(name.rpartition(".")[2], parameter):
-            aliases.setdefault(first.setdefault(id(parameter), name), []).append(name)
-    return {name: tuple(names) for name, names in aliases.items()}
+            aliases.setdefault(id(parameter), []).append(name)
+    return {names[0]: tuple(names) for names in aliases.values()}
 
 
 def _matches(pattern: str, name: str) -> bool:
@@ -200,8 +197,8 @@ def _matches(pattern: str, name: str) -> bool:
 
 
 def _paths(name: str) -> list[str]:
-    """The modules above a parameter, outermost first, and itself."""
-    return list(accumulate(name.replace(_COMPILED, "").split("."), "{}.{}".format))
+    """The modules above a parameter, outermost first, and itself; without those of `torch.compile`."""
+    return list(accumulate(name.replace("_orig_mod.", "").split("."), "{}.{}".format))
 
 
 def _check_matches(owner: str, pattern: str, aliases: Mapping[str, Iterable[str]], model: nn.Module) -> None:
@@ -222,14 +219,14 @@ def _check_matches(owner: str, pattern: str, aliases: Mapping[str, Iterable[str]
 def _projection_weights(model: nn.Module) -> Iterator[str]:
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(path, recurse=False):
-            if _is_projection(module, name.rpartition(".")[2], parameter):
+            leaf = name.rpartition(".")[2]
+            # Convolutions by their name: the sparse ones of other packages have no common base class.
+            convolution = "conv" in type(module).__name__.lower() and parameter.ndim >= 3
+            if isinstance(module, nn.MultiheadAttention):
+                projection = leaf.endswith("proj_weight")
+            else:
+                projection = leaf == "weight" and (
+                    convolution or isinstance(module, (nn.Linear, nn.Bilinear))
+                )
+            if projection:
                 yield name
-
-
-def _is_projection(module: nn.Module, leaf: str, parameter: nn.Parameter) -> bool:
-    if isinstance(module, nn.MultiheadAttention):
-        return leaf.endswith("proj_weight")
-    if isinstance(module, (nn.Linear, nn.Bilinear)):
-        return leaf == "weight"
-    # Convolutions by their name: the sparse ones of other packages have no common base class.
-    return leaf == "weight" and "conv" in type(module).__name__.lower() and parameter.ndim >= 3

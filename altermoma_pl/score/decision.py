@@ -60,7 +60,7 @@ def decide(criterion: Criterion, calibration: Calibration, make_masks: MakeMasks
     masks = make_masks(scores)
     if num_processes() > 1:
         check_same(masks.digest, "the masks")
-    return Decision(masks, components, beta, losses, num_skipped=int(sums([calibration.num_skipped])[0]))
+    return Decision(masks, components, beta, losses, num_skipped=sums([calibration.num_skipped])[0])
 
 
 def _mean_over_processes(scores: Scores) -> Scores:

@@ -84,7 +84,7 @@ def test_the_picture_of_the_house_is_that_of_the_layering_test():
         ("mask/masks.py", "from altermoma_pl.callback import AlterMOMACallback", "mask imports callback"),
         ("mask/masks.py", "def f():\n    import lightning.pytorch as pl", "mask imports lightning"),
         ("score/new.py", "from pytorch_lightning import Callback", "score imports pytorch_lightning"),
-        ("score/new.py", "from altermoma_pl.enforce.copies import copies", "score imports enforce"),
+        ("score/new.py", "from altermoma_pl.enforce.enforcement import Enforcement", "score imports enforce"),
         ("mask/masks.py", "from altermoma_pl import Modalities", "mask imports the face"),
         ("mask/masks.py", "from .top_k import top_k", "mask imports relatively"),
         ("mask/masks.py", "import altermoma_pl.helpers", "mask imports helpers"),

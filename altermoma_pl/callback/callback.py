@@ -14,11 +14,11 @@ from altermoma_pl.callback import lightning_internals as internals
 from altermoma_pl.callback.announcement import announce
 from altermoma_pl.callback.held import Held
 from altermoma_pl.callback.loaders import ProbeLoader
-from altermoma_pl.callback.loss import check_step
 from altermoma_pl.callback.rewinding import RewindPoint, check_rewindable
 from altermoma_pl.callback.scoring import (
     calibration_of,
     check_batches,
+    check_step,
     scoring_batches,
     target_at,
     trace_channels,

@@ -10,8 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from altermoma_pl.callback.state import PruningState
-from altermoma_pl.enforce.copies import hold_everywhere_
-from altermoma_pl.enforce.enforcement import Enforcement
+from altermoma_pl.enforce.enforcement import Enforcement, hold_everywhere_
 from altermoma_pl.granularity import Ranking, Traced
 from altermoma_pl.mask.top_k import Scope
 

@@ -1,19 +1,121 @@
-"""Everything that the callback changes, and its form in a checkpoint."""
+"""Everything that the callback changes, and its form in a checkpoint: another is refused by its place."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import Tensor
+
 from altermoma_pl.callback.rewinding import RewindPoint
-from altermoma_pl.callback.state_form import FORMAT, STATE, check, check_form
 from altermoma_pl.granularity import Traced
 from altermoma_pl.mask.masks import Masks
 from altermoma_pl.report.sparsity import SparsityReport
 from altermoma_pl.score import Components
 from altermoma_pl.score.decision import Decision
+
+_FORMAT = 2
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a value must be, in words and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def _check_form(value: Any, form: Any, place: str) -> None:
+    """Raise a `ValueError` with the place of the first value that is not of the form.
+
+    Args:
+        value: Nested dictionaries and lists.
+        form: A `_Kind`; None for anything; a tuple of a form that may also be None; a list of the form of its
+            items; or key -> form, where keys with `?` may be missing, `*` is any other, and there must be no
+            other if no key is of these two sorts.
+        place: How `value` is called.
+    """
+    if isinstance(form, tuple):
+        form = None if value is None else form[0]
+    if isinstance(form, _Kind):
+        _check(form.holds(value), f"{place} must be {form.words}, got {value!r:.80}")
+    elif isinstance(form, list):
+        _check(isinstance(value, list), f"{place} must be a list, got {value!r:.80}")
+        for index, each in enumerate(value):
+            _check_form(each, form[0], f"{place}.{index}")
+    elif form is not None:
+        named = isinstance(value, dict) and all(isinstance(name, str) for name in value)
+        _check(named, f"{place} must be a dictionary by name, got {value!r:.80}")
+        needed = {key for key in form if key[-1] not in "?*"}
+        fits = needed <= value.keys() and (needed < form.keys() or value.keys() <= needed)
+        _check(fits, f"{place} must hold {sorted(needed)}, got {sorted(value)}")
+        for key, each in value.items():
+            _check_form(each, form.get(key) or form.get(f"{key}?") or form.get("*"), f"{place}.{key}")
+
+
+def _check(holds: bool, message: str) -> None:
+    """Raise a `ValueError` with the message unless it holds."""
+    if not holds:
+        raise ValueError(message)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and not math.isnan(value)
+
+
+def _is_width(value: Any) -> bool:
+    whole = isinstance(value, list) and [type(count) for count in value] == [int, int]
+    return whole and 1 <= value[0] <= value[1]
+
+
+_COUNT = _Kind("a whole number of at least 0", lambda value: type(value) is int and value >= 0)
+_EPOCH = _Kind("a whole number of at least -1", lambda value: type(value) is int and value >= -1)
+_NUMBER = _Kind("a number", _is_number)
+_SHARE = _Kind("in [0, 1]", lambda value: _is_number(value) and 0 <= value <= 1)
+_WIDTH = _Kind("two whole numbers, kept and total", _is_width)
+_TENSOR = _Kind("a tensor", lambda value: isinstance(value, Tensor))
+_TEXTS = {"*": _Kind("text", lambda value: isinstance(value, str))}
+_TENSORS = {"*": _TENSOR}
+_EVENT = {
+    "epoch": _COUNT,
+    "step": _COUNT,
+    "sparsity": _SHARE,
+    "kept": {"*": _SHARE},
+    "losses": {"*": _NUMBER},
+    "num_skipped?": _COUNT,
+    "beta?": _NUMBER,
+    "beta_losses?": {"*": (_NUMBER,)},
+    "widths?": {"*": _WIDTH},
+    "channels?": _SHARE,
+    "flops?": _SHARE,
+    "declared?": {"*": _TEXTS},
+}
+_COMPONENTS = {
+    "deci": _TENSORS,
+    "reri": {"*": _TENSORS},
+    "group_of": _TEXTS,
+    "losses": {"*": _NUMBER},
+    "magnitude": _TENSORS,
+    "level?": None,
+}
+_POINT = {
+    "epoch": _COUNT,
+    "parameters": _TENSORS,
+    "buffers": _TENSORS,
+    "optimizers": [{"*": None}],
+    "schedulers": [{"*": None}],
+}
+_STATE = {
+    "format": _COUNT,
+    "masks": ({"*": {"shape": [_COUNT], "bits": _TENSOR}},),
+    "group_of": _TEXTS,
+    "last_event_epoch": _EPOCH,
+    "events": [_EVENT],
+    "components": (_COMPONENTS,),
+    "rewind_point": (_POINT,),
+}
 
 
 @dataclass
@@ -44,7 +146,7 @@ class PruningState:
     def state_dict(self) -> dict[str, Any]:
         """Tensors and builtins only: loads with `torch.load(..., weights_only=True)`."""
         return {
-            "format": FORMAT,
+            "format": _FORMAT,
             "masks": self.masks.state_dict() if self.masks else None,
             "group_of": dict(self.group_of),
             "last_event_epoch": self.last_event_epoch,
@@ -60,14 +162,14 @@ class PruningState:
         Raises:
             ValueError: If the format is unknown, or a part is missing, unknown or damaged.
         """
-        found = state.get("format", FORMAT) if isinstance(state, dict) else FORMAT
-        if type(found) is not int or found != FORMAT:
+        found = state.get("format", _FORMAT) if isinstance(state, dict) else _FORMAT
+        if type(found) is not int or found != _FORMAT:
             raise ValueError(
-                f"the pruning state has format {found!r:.80}, this version reads {FORMAT}: resume with the "
+                f"the pruning state has format {found!r:.80}, this version reads {_FORMAT}: resume with the "
                 f"version of altermoma_pl that saved it, or start a new fit from the weights alone"
             )
         try:
-            check_form(state, STATE, "state")
+            _check_form(state, _STATE, "state")
             parts = {key: value for key, value in state.items() if key != "format"}
             for key, kind in (("masks", Masks), ("components", Components), ("rewind_point", RewindPoint)):
                 parts[key] = None if state[key] is None else kind.from_state_dict(state[key])
@@ -84,14 +186,14 @@ class PruningState:
     def _check_parts_agree(self) -> None:
         masks, found = dict(self.masks or {}), self.masks.sparsity if self.masks else 0.0
         differ = sorted(masks.keys() ^ self.group_of.keys())
-        check(not differ, f"masks and groups differ in {differ}")
+        _check(not differ, f"masks and groups differ in {differ}")
         recorded = self.events[-1]["sparsity"] if self.events else 0.0
         same = abs(recorded - found) <= 1e-6
-        check(same, f"masks prune a share of {found:g}, the latest of events recorded {recorded:g}")
+        _check(same, f"masks prune a share of {found:g}, the latest of events recorded {recorded:g}")
         if self.components is None:
             return
         same = self.components.group_of == self.group_of
-        check(same, "components and masks differ in group_of")
+        _check(same, "components and masks differ in group_of")
         reri = self.components.reri
         parts = {"deci": self.components.deci, "magnitude": self.components.magnitude, **reri}
         for what, tensors in parts.items():
@@ -101,7 +203,7 @@ class PruningState:
             wrong = names ^ tensors.keys() or {
                 name for name in names if tensors[name].shape != (() if whole else masks[name].shape)
             }
-            check(not wrong, f"components and masks differ: {what!r} at {sorted(wrong)}")
+            _check(not wrong, f"components and masks differ: {what!r} at {sorted(wrong)}")
 
     @property
     def losses(self) -> dict[str, float]:

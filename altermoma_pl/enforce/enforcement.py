@@ -1,11 +1,14 @@
-"""Keeps pruned weights at zero while optimizers run."""
+"""Keeps pruned weights at zero while optimizers run, in the model and in copies of it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -83,3 +86,71 @@ class Enforcement:
                 for moment in optimizer.state.get(parameter, {}).values():
                     if isinstance(moment, Tensor) and moment.shape == parameter.shape:
                         keep_only_(moment, mask)
+
+
+# Copies of the weights that other callbacks hold: averages over steps (EMA) or over epochs (SWA).
+
+
+@torch.no_grad()
+def hold_everywhere_(
+    callbacks: Iterable[object], module: nn.Module, masks: Masks, saved: Mapping[str, Any] | None = None
+) -> None:
+    """Set the pruned weights to zero in the model, in each copy of it, and in a `state_dict` to be saved.
+
+    The average of zeros is zero, so that copies stay right from one event to the next. Those that were
+    made before an event know nothing of it, and some callbacks exchange them with the model's weights
+    for validation, save them in its place, or leave them in it when training ends.
+    """
+    places: list[dict[str, Tensor]] = [dict(module.named_parameters()), *copies(callbacks, module, masks)]
+    if saved is not None and masks.keys() <= saved.keys():
+        places.append({name: saved[name] for name in masks})
+    for tensors in places:
+        for name, mask in masks.items():
+            tensor = tensors[name]
+            if isinstance(tensor, DTensor) == isinstance(mask, DTensor):
+                keep_only_(tensor, mask.to(tensor.device))
+
+
+def copies(callbacks: Iterable[object], module: nn.Module, masks: Masks) -> Iterator[dict[str, Tensor]]:
+    """Masked parameter name -> tensor, for each copy of the module's weights in an attribute of a callback.
+
+    A copy is a module, or a dictionary of tensors, that has all masked parameters with their shapes,
+    under the same names: whole, below a wrapper (`module.`), or of the one submodule that has them all.
+    """
+    for callback in callbacks:
+        for value in vars(callback).values():
+            if value is not module:
+                yield from _matching(_tensors(value), masks)
+
+
+def _tensors(value: Any) -> dict[str, Tensor]:
+    if isinstance(value, nn.Module):
+        return dict(value.named_parameters())
+    return {str(n): t for n, t in value.items() if isinstance(t, Tensor)} if isinstance(value, dict) else {}
+
+
+def _matching(tensors: Mapping[str, Tensor], masks: Masks) -> Iterator[dict[str, Tensor]]:
+    for short in _shortened(list(masks)):
+        found = []
+        for wrapper in _wrappers(next(iter(short)), tensors):
+            copy = {name: tensors[wrapper + own] for own, name in short.items() if wrapper + own in tensors}
+            if len(copy) == len(masks) and all(t.shape == masks[name].shape for name, t in copy.items()):
+                found.append(copy)
+        if found:  # shorter names would find it again, and a second net of the same shapes beside it
+            yield from found
+            return
+
+
+def _wrappers(name: str, tensors: Iterable[str]) -> list[str]:
+    """What stands before the name where it occurs least deep: below may be another net, say a teacher."""
+    before = [each.removesuffix(name) for each in tensors if f".{each}".endswith(f".{name}")]
+    least = min((wrapper.count(".") for wrapper in before), default=0)
+    return [wrapper for wrapper in before if wrapper.count(".") == least]
+
+
+def _shortened(names: list[str]) -> Iterator[dict[str, str]]:
+    """The names, and again without their first part as long as it is the same in all: short -> full."""
+    # Two parts are left at least: any module has a bare `weight`.
+    shared = os.path.commonprefix([name.split(".")[:-2] for name in names])  # noqa: RUF071 (of lists)
+    for start in range(len(shared) + 1):
+        yield {".".join(name.split(".")[start:]): name for name in names}

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from altermoma_pl.callback.lightning_internals import log_silenced
-from altermoma_pl.callback.loss import check_step, loss_function
+from altermoma_pl.callback.scoring import check_step, loss_function
 from tests.helpers.lightning_models import PRUNABLE, Fusion, Manual, fit, loader, num_zeros, pruner, trainer
 
 BATCH = next(iter(loader()))

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
 from altermoma_pl import AlterMOMACallback, Channel, Magnitude, OneShot
-from altermoma_pl.callback.slimmed import Slimmed
+from altermoma_pl.callback import Slimmed
 from altermoma_pl.cli import main
 from altermoma_pl.export import check_onnx, export
 from altermoma_pl.export.run import Run

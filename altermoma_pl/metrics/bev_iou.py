@@ -11,13 +11,13 @@ from torchmetrics import Metric
 class BEVIoU(Metric):
     """Mean over classes of the IoU at the class's best threshold.
 
-    Classes may overlap: every class has its own binary map. Pixels are summed over the whole set
-    before the division. The threshold is chosen on the set that is evaluated, as is customary for
-    this metric, so the value is slightly optimistic.
+    Classes may overlap: every class has its own binary map. Pixels are summed over the whole set before the
+    division. The threshold is chosen on the set that is evaluated, as is customary for this metric, so the
+    value is slightly optimistic.
 
-    A class without a single pixel in the targets and without a single predicted pixel at the
-    lowest threshold is left out of the mean (BEVFusion's `evaluate_map` counts it as 0; otherwise
-    the two agree). If that leaves no class, the mean is 0.
+    A class without a single pixel in the targets and without a single predicted pixel at the lowest threshold
+    is left out of the mean (BEVFusion's `evaluate_map` counts it as 0; otherwise the two agree). If that
+    leaves no class, the mean is 0.
 
     Args:
         num_classes: Number of classes S.
@@ -94,10 +94,7 @@ class BEVIoU(Metric):
         return self._iou().nanmean().nan_to_num(0.0)
 
     def per_class(self) -> Tensor:
-        """IoU of each class at its best threshold, (S,), over all processes.
-
-        NaN marks the classes that `compute` leaves out.
-        """
+        """IoU of each class at its best threshold, (S,), over all processes; NaN where `compute` skips it."""
         with self.sync_context(dist_sync_fn=self.dist_sync_fn):
             return self._iou()
 

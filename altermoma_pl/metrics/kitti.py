@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from altermoma_pl.metrics.detections import RowMetric
 from altermoma_pl.metrics.kitti_rules import (
     DIFFICULTIES,
     KITTI_CLASSES,
@@ -14,7 +15,6 @@ from altermoma_pl.metrics.kitti_rules import (
     MIN_OVERLAP,
     OTHER,
     VALID,
-    Flags,
     KittiDetections,
     KittiTargets,
     detection_flags,
@@ -24,7 +24,6 @@ from altermoma_pl.metrics.kitti_rules import (
     recall_precision,
     target_flags,
 )
-from altermoma_pl.metrics.rows import RowMetric
 
 
 class KittiAP(RowMetric):
@@ -34,19 +33,16 @@ class KittiAP(RowMetric):
     Cyclist; "bev_loose" and "3d_loose" above .5 and .25. Each gives AP at 11 recall points (until
     2019) and at 40, for objects that are easy, moderate or hard to see.
 
-    Three habits of the benchmark are kept: with n < 41 valid objects a perfect detector does not
-    reach 1 (n = 25 gives .636 at 11 points and .6 at 40), so look at `num_valid`; without any valid
-    object AP is 0; and minimum heights in the image (40, 25, 25 pixels) are meant for images 1242
-    pixels wide. For smaller images, pass their width / 1242 as `height_scale`, and say so where you
-    report the result.
+    Three habits of the benchmark are kept: with n < 41 valid objects a perfect detector does not reach 1
+    (n = 25 gives .636 at 11 points and .6 at 40), so look at `num_valid`; without any valid object AP is 0;
+    and minimum heights in the image (40, 25, 25 pixels) are meant for images 1242 pixels wide. For smaller
+    images, pass their width / 1242 as `height_scale`, and say so where you report the result.
 
-    Matching concerns one frame at a time, so it is done in `update`; a frame must therefore come
-    whole, in one update. Frames may come in any order and on any process.
+    A frame must come whole, in one update, which matches it; frames in any order and on any process.
 
-    Boxes are in the rectified camera's frame, as in a label file. A LiDAR box (x, y, z, length,
-    width, height, yaw) becomes one by moving its CENTRE to that frame and then
-    y += height / 2, rotation_y = -yaw - pi / 2. Its 2D box is the extent of its projected corners,
-    clipped to the image.
+    Boxes are in the rectified camera's frame, as in a label file. A LiDAR box (x, y, z, length, width,
+    height, yaw) becomes one by moving its CENTRE to that frame and then y += height / 2,
+    rotation_y = -yaw - pi / 2. Its 2D box is the extent of its projected corners, clipped to the image.
 
     Args:
         measures: Which of "2d", "bev", "3d", "bev_loose", "3d_loose" to compute.
@@ -54,8 +50,7 @@ class KittiAP(RowMetric):
         **kwargs: Passed to `torchmetrics.Metric`.
 
     Raises:
-        ValueError: `measures` is empty or has one twice or an unknown one; `height_scale` is 0 or
-            less.
+        ValueError: `measures` is empty or has one twice or an unknown one; `height_scale` is 0 or less.
 
     Example:
         >>> import torch
@@ -117,23 +112,21 @@ class KittiAP(RowMetric):
         limits = torch.tensor([MIN_OVERLAP[measure] for measure in self.measures], dtype=torch.float64)
         only_2d = torch.tensor([measure == "2d" for measure in self.measures])
         for index, kind in enumerate(KITTI_CLASSES):
-            flags = Flags(
-                target_flags(targets, kind, self.height_scale),
-                detection_flags(detections, kind, self.height_scale),
-            )
-            self.num_targets[index] += (flags.targets == VALID).sum(dim=1).to(self.device)
-            rows = (flags.targets != OTHER).any(dim=0).nonzero().squeeze(1)
-            columns = (flags.detections != OTHER).any(dim=0).nonzero().squeeze(1)
+            of_targets = target_flags(targets, kind, self.height_scale)
+            flags = detection_flags(detections, kind, self.height_scale)
+            self.num_targets[index] += (of_targets == VALID).sum(dim=1).to(self.device)
+            rows = (of_targets != OTHER).any(dim=0).nonzero().squeeze(1)
+            columns = (flags != OTHER).any(dim=0).nonzero().squeeze(1)
             if not len(columns):
                 continue
-            part = overlap[:, rows][:, :, columns]
-            limit = limits[:, index]
+            part, limit = overlap[:, rows][:, :, columns], limits[:, index]
             changes = match_frame(
                 part > limit[:, None, None],
                 part,
                 detections.scores[columns],
                 (share[columns] > limit[:, None]) & only_2d[:, None],
-                Flags(flags.targets[:, rows], flags.detections[:, columns]),
+                of_targets[:, rows],
+                flags[:, columns],
             )
             kept = changes.flatten(1).any(dim=1)
             scores = detections.scores[columns][kept]

@@ -70,11 +70,10 @@ def kitti_types(names: Iterable[str]) -> Tensor:
 
 
 def target_flags(targets: KittiTargets, kind: str, height_scale: float = 1.0) -> Tensor:
-    """Whether each of M objects is to be found, may be found, or plays no part for a class.
+    """(3, M), per difficulty: whether each of M objects is to be found, may be found, or plays no part.
 
-    Returns:
-        (3, M), per difficulty: VALID for objects of the class that pass its filters; IGNORED for
-        those that fail one and for the neighbouring class; else OTHER.
+    VALID for objects of the class that pass its filters; IGNORED for those that fail one and for the
+    neighbouring class; else OTHER.
     """
     height = targets.boxes2d[:, 3].double() - targets.boxes2d[:, 1].double()
     # In float32, so that a truncation of .15 passes whatever the precision it comes in.
@@ -104,17 +103,16 @@ def overlaps(measures: Sequence[str], targets: KittiTargets, detections: KittiDe
     """(L, M, P) float64: overlap of M objects with P detections by L measures of `MIN_OVERLAP`."""
     a, b = _upright(targets.boxes)[:, None], _upright(detections.boxes)
     ground = [0, 1, 3, 4, 6]
+    kinds = [measure.removesuffix("_loose") for measure in measures]
     values = {}
-    for name in {measure.removesuffix("_loose") for measure in measures}:
-        if name == "2d":
-            common = _intersection_2d(targets.boxes2d, detections.boxes2d)
-            areas = _area_2d(targets.boxes2d)[:, None], _area_2d(detections.boxes2d)
-            values[name] = over_union(common, *areas)
-        elif name == "bev":
-            values[name] = rotated_iou_bev(a[..., ground], b[..., ground])
-        else:
-            values[name] = rotated_iou_3d(a, b)
-    return torch.stack([values[measure.removesuffix("_loose")] for measure in measures])
+    if "2d" in kinds:
+        common = _intersection_2d(targets.boxes2d, detections.boxes2d)
+        values["2d"] = over_union(common, _area_2d(targets.boxes2d)[:, None], _area_2d(detections.boxes2d))
+    if "bev" in kinds:
+        values["bev"] = rotated_iou_bev(a[..., ground], b[..., ground])
+    if "3d" in kinds:
+        values["3d"] = rotated_iou_3d(a, b)
+    return torch.stack([values[kind] for kind in kinds])
 
 
 def _upright(boxes: Tensor) -> Tensor:
@@ -141,14 +139,9 @@ def dont_care_share(targets: KittiTargets, detections: KittiDetections) -> Tenso
     return torch.cat([share, area.new_zeros(len(area), 1)], dim=1).amax(dim=1)
 
 
-class Flags(NamedTuple):
-    """What `target_flags` and `detection_flags` say of one class, per difficulty."""
-
-    targets: Tensor  # (3, M)
-    detections: Tensor  # (3, P)
-
-
-def match_frame(close: Tensor, overlap: Tensor, scores: Tensor, covered: Tensor, flags: Flags) -> Tensor:
+def match_frame(
+    close: Tensor, overlap: Tensor, scores: Tensor, covered: Tensor, of_targets: Tensor, flags: Tensor
+) -> Tensor:
     """What each detection of a frame adds when the score threshold falls to its score.
 
     The benchmark matches a frame once per threshold, and the thresholds depend on all frames. But a
@@ -159,22 +152,23 @@ def match_frame(close: Tensor, overlap: Tensor, scores: Tensor, covered: Tensor,
         overlap: (L, M, P).
         scores: (P,), in the order of the file.
         covered: (L, P), detections that are no false positives because they lie in DontCare.
-        flags: Of the class.
+        of_targets: (3, M), as `target_flags` gives them.
+        flags: (3, P), as `detection_flags` gives them.
 
     Returns:
         (P, L, 3, 3), per measure and difficulty: change of the true positives and of the false
         positives, and 1 if the detection is a true positive when all are kept and the most certain
         match wins, which decides on the thresholds.
     """
-    takes_part = (flags.targets != OTHER)[:, :, None] & (flags.detections != OTHER)[:, None]
+    takes_part = (of_targets != OTHER)[:, :, None] & (flags != OTHER)[:, None]
     possible = close[:, None] & takes_part  # (L, 3, M, P)
-    hit = (flags.targets == VALID)[:, :, None] & (flags.detections == VALID)[:, None]  # (3, M, P)
+    valid = flags == VALID  # (3, P)
+    hit = (of_targets == VALID)[:, :, None] & valid[:, None]  # (3, M, P)
     found = (_take(scores.expand_as(possible), possible) & hit).any(dim=2)  # (L, 3, P)
 
     seen = scores >= scores[:, None]  # (T, P): detections kept at the threshold of each
     possible = possible[:, :, None] & seen[:, None]  # (L, 3, T, M, P)
     # Valid detections by overlap, and only then ignored ones, in the order of the file.
-    valid = flags.detections == VALID  # (3, P)
     key = overlap[:, None].where(valid[:, None], 0.0)[:, :, None]
     taken = _take(key.expand_as(possible), possible)
     tp = (taken & hit[:, None]).sum(dim=(-2, -1))  # (L, 3, T)
@@ -222,12 +216,7 @@ def recall_precision(scores: Tensor, changes: Tensor, num_targets: int) -> tuple
     """Average precision of one class, measure and difficulty, at 11 and at 40 recall points.
 
     The precision at the i-th threshold stands for the recall i / 40, whatever the recall there is.
-    With less than 41 valid objects even a perfect detector does not reach 1.
-
-    Args:
-        scores: (E,), descending.
-        changes: (E, 3), as `match_frame` gives them.
-        num_targets: Number of valid objects.
+    `scores` are (E,), descending; `changes` (E, 3), as `match_frame` gives them.
     """
     steps = torch.zeros(RECALL_STEPS + 1, dtype=torch.float64)
     found = scores[changes[:, 2] > 0]

@@ -75,7 +75,9 @@ def _clipped_area(a: Tensor, b: Tensor) -> Tensor:
     with vertex lists, no case is special: touching, identical and empty rectangles need no care.
     """
     half = b[:, None, None, 2:4].clamp(min=0) / 2  # (N, 1, 1, 2)
-    start = _corners_in_frame(a, b)[:, :, None]  # (N, 4, 1, 2)
+    signs = a.new_tensor([[1, 1], [-1, 1], [-1, -1], [1, -1]])  # of the corners, in order around
+    corners = _turn(signs * a[:, None, 2:4].clamp(min=0) / 2, (a[:, 4] - b[:, 4])[:, None])
+    start = (corners + _turn(a[:, :2] - b[:, :2], -b[:, 4])[:, None])[:, :, None]  # (N, 4, 1, 2)
     along = start.roll(-1, dims=1) - start
     # A parallel edge never crosses; wherever it is broken then, the sum is the same.
     speed = along.where(along != 0, 1.0)
@@ -86,14 +88,6 @@ def _clipped_area(a: Tensor, b: Tensor) -> Tensor:
     x, y = points.clamp(-half, half).unbind(-1)
     signed = (x.diff(dim=-1) * (y[..., 1:] + y[..., :-1])).sum(dim=(1, 2)) / 2
     return signed.abs()
-
-
-def _corners_in_frame(a: Tensor, b: Tensor) -> Tensor:
-    """(N, 4, 2): corners of rectangles `a`, in order around them, in the frames of `b`."""
-    signs = a.new_tensor([[1, 1], [-1, 1], [-1, -1], [1, -1]])
-    local = signs * a[:, None, 2:4].clamp(min=0) / 2
-    centre = _turn(a[:, :2] - b[:, :2], -b[:, 4])
-    return _turn(local, (a[:, 4] - b[:, 4])[:, None]) + centre[:, None]
 
 
 def _turn(points: Tensor, angle: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ import pytest
 import yaml
 from lightning.pytorch.cli import LightningCLI
 
-from tests.helpers.lightning_models import NUM_WEIGHTS, Data, Fusion, num_zeros
+from altermoma_pl import Magnitude
+from tests.helpers.lightning_models import NUM_WEIGHTS, Data, Fusion, fit, num_zeros, pruner
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -64,6 +65,26 @@ def test_the_yaml_of_the_readme_prunes(tmp_path, monkeypatch):
         warnings.simplefilter("ignore")
         cli = LightningCLI(Fusion, Data, args=["fit", "--config", "config.yaml"], save_config_callback=None)
     assert num_zeros(cli.model) == 0.9 * NUM_WEIGHTS
+
+
+def test_the_schedule_of_the_guide_reacts_to_the_validation_loss():
+    """Of a model that learns nothing: a step after two epochs without a gain, the rest at the deadline."""
+
+    class Flat(Fusion):
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", 1.0)
+
+    scope = {"__name__": "training"}
+    for code in blocks(ROOT / "examples" / "guides" / "training.md", "python"):
+        exec(code, scope)
+    pruning = pruner(schedule=scope["AtEpochs"](epochs=(6,)), criterion=Magnitude(), store_components=False)
+    feeder = scope["OnPlateau"](pruning)
+    fit(Flat(), pruning, feeder, max_epochs=7)
+    assert [event["epoch"] for event in pruning.events] == [3, 5, 6]
+    assert pruning.report().sparsity == 0.5
+    again = scope["OnPlateau"](pruner(schedule=scope["AtEpochs"](epochs=(6,))))
+    again.load_state_dict(feeder.state_dict())
+    assert again.pruning.schedule.epochs == (3, 5, 6)
 
 
 def test_the_readme_is_a_first_page():

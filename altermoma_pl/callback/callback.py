@@ -43,10 +43,10 @@ class AlterMOMACallback(Callback):
 
     An event of the schedule happens in `on_train_epoch_start`, before the first batch of its epoch:
     the weights are scored on held-out batches, ranked, masked, and the optimizers' moments of pruned
-    weights set to zero. Scoring leaves the run as it was, bit for bit. From then on pruned
-    weights are set to zero after every optimizer step, and their gradients before clipping; so are
-    averaged copies of the module that other callbacks hold. Masks are saved in the checkpoint, beside a
-    plain `state_dict` that loads without this package.
+    weights set to zero. Scoring leaves the run as it was, bit for bit. From then on pruned weights are
+    zero after every optimizer step; their gradients are too where something reads many together, as clipping
+    does; averaged copies that other callbacks hold are at events, validation and saves. Masks are saved in
+    the checkpoint, beside a plain `state_dict` that loads without this package.
 
     The loss is the module's own: `pruning_loss(batch, batch_idx)` where the module has it, else
     `training_step`, with `self.log` silenced. Modules with manual optimization need `pruning_loss`.

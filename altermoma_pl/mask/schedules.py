@@ -15,6 +15,11 @@ class Schedule(ABC):
 
     An event at epoch e happens before the first batch of epoch e (epochs count from 0). A schedule of
     your own derives from this class and is named in YAML by its `class_path`.
+
+    A schedule sees epochs and the target, no loss, and has no state in checkpoints: the callback keeps which
+    event was the latest. `last_epoch` is asked before training; `is_due` before every batch until the epoch's
+    event has happened, so that its answer must not change within an epoch; `sparsity_at` also for epoch -1.
+    To react to a loss, replace `AlterMOMACallback.schedule` between epochs (guide `training.md`).
     """
 
     @property

@@ -4,8 +4,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 from altermoma_pl.callback import AlterMOMACallback, Slimmed
 from altermoma_pl.granularity import Channel, Granularity, NofM, Weight
-from altermoma_pl.granularity.channels import find_channels, slim
 from altermoma_pl.granularity.channels.calibration import ChannelCalibration
+from altermoma_pl.granularity.channels.finding import find_channels
+from altermoma_pl.granularity.channels.slimming import slim
 from altermoma_pl.mask.masks import Masks
 from altermoma_pl.mask.schedules import Cubic, Exponential, Linear, OneShot, Rewinding, Schedule
 from altermoma_pl.mask.top_k import top_k

@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from altermoma_pl import __version__
 from altermoma_pl.callback import AlterMOMACallback
 from altermoma_pl.callback.checkpoints import load_checkpoint, pruning_states_of
-from altermoma_pl.granularity.channels.rebuilding import KEY
+from altermoma_pl.granularity.channels.resizing import KEY
 from altermoma_pl.report import figures as drawing
 from altermoma_pl.report.tables import to_json
 

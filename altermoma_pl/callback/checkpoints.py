@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from altermoma_pl.callback.callback import AlterMOMACallback
 from altermoma_pl.callback.state import PruningState
-from altermoma_pl.granularity.channels.rebuilding import KEY, reshape_like_
+from altermoma_pl.granularity.channels.resizing import KEY, reshape_like_
 
 
 def load_checkpoint(path: str, trust: bool = False) -> dict[str, Any]:

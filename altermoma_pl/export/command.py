@@ -20,8 +20,9 @@ from altermoma_pl.export.costs.timing import quartiles
 from altermoma_pl.export.files import check_onnx, to_onnx, to_torch_export, whole
 from altermoma_pl.export.run import Run
 from altermoma_pl.export.tensors import example_tensors
-from altermoma_pl.granularity.channels import Slim, owners, slim
-from altermoma_pl.granularity.channels.rebuilding import KEY, reshape_like_, slim_entry, slim_optimizer_states
+from altermoma_pl.granularity.channels.groups import owners
+from altermoma_pl.granularity.channels.resizing import KEY, reshape_like_, slim_entry, slim_optimizer_states
+from altermoma_pl.granularity.channels.slimming import Slim, slim
 from altermoma_pl.mask.masks import Masks
 from altermoma_pl.model.modality import SHARED
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from altermoma_pl.granularity.channels import Channels, FlopModel
-from altermoma_pl.granularity.channels.declared import Declared
+from altermoma_pl.granularity.channels.flops import FlopModel
+from altermoma_pl.granularity.channels.groups import Channels
+from altermoma_pl.granularity.channels.layouts import Declared
 from altermoma_pl.granularity.channels.tracing import Forward
 from altermoma_pl.mask.masks import Masks
 from altermoma_pl.mask.top_k import Scope

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from altermoma_pl import SNIP, Channel, Linear, Magnitude, OneShot, Random, Taylor, slim
-from altermoma_pl.granularity.channels import count_flops
+from altermoma_pl.granularity.channels.flops import count_flops
 from tests.helpers.channel_models import WIDTHS, Towers, channel_pruner
 from tests.helpers.lightning_models import loader, short, trainer
 

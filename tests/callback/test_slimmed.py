@@ -5,8 +5,7 @@ from lightning.pytorch import Callback
 from altermoma_pl.callback import Slimmed
 from altermoma_pl.export import export
 from altermoma_pl.granularity import Channel
-from altermoma_pl.granularity.channels.rebuilding import KEY
-from altermoma_pl.granularity.channels.resizing import widths_of
+from altermoma_pl.granularity.channels.resizing import KEY, widths_of
 from tests.helpers.lightning_models import Fusion, assert_same, fit, loader, pruner, trainer
 from tests.helpers.towers import Towers
 

@@ -20,7 +20,7 @@ from altermoma_pl.callback import Slimmed
 from altermoma_pl.cli import main
 from altermoma_pl.export import check_onnx, export
 from altermoma_pl.export.run import Run
-from altermoma_pl.granularity.channels.rebuilding import KEY, reshape_like_
+from altermoma_pl.granularity.channels.resizing import KEY, reshape_like_
 from altermoma_pl.report import figures
 from tests.helpers.conv_models import Detached, Frames, TwoTowers, frames, stacked
 from tests.helpers.lightning_models import trainer

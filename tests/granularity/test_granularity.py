@@ -10,7 +10,7 @@ from torch import nn
 
 from altermoma_pl import AlterEva, Channel, GraSP, Magnitude, Masks, NofM, Weight
 from altermoma_pl.granularity import Granularity, Ranking, Traced, input_dims, parse_granularity
-from altermoma_pl.granularity.channels import ChannelGroup, Channels, Slice
+from altermoma_pl.granularity.channels.groups import ChannelGroup, Channels, Slice
 
 
 def layer(name, channels, each=1):

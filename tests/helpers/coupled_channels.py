@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 
-from altermoma_pl.granularity.channels import find_channels
+from altermoma_pl.granularity.channels.finding import find_channels
 from tests.helpers.coupled_models import CASES
 
 

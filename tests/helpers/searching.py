@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from altermoma_pl.granularity.channels import find_channels
+from altermoma_pl.granularity.channels.finding import find_channels
 from tests.helpers.coupled_channels import untouched
 from tests.helpers.coupled_models import IMAGE
 

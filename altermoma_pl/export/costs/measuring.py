@@ -15,7 +15,7 @@ from torch import nn
 from altermoma_pl.export.costs.memory import peak_memory
 from altermoma_pl.export.costs.report import CostReport, Costs, Latency
 from altermoma_pl.export.costs.timing import in_turns, quartiles
-from altermoma_pl.granularity.channels import count_flops
+from altermoma_pl.granularity.channels.flops import count_flops
 from altermoma_pl.model.contexts import restored
 
 _WARM_UP = 3  # runs before those that are timed

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from altermoma_pl.granularity.base import Granularity, Ranking, Sparsity, Traced, shares_pruned
-from altermoma_pl.granularity.channels import FlopModel, Kept, find_channels, keep_widths, owners
+from altermoma_pl.granularity.channels.finding import find_channels
+from altermoma_pl.granularity.channels.flops import FlopModel
+from altermoma_pl.granularity.channels.groups import Kept, owners
 from altermoma_pl.granularity.channels.tracing import Forward
+from altermoma_pl.granularity.channels.widths import keep_widths
 from altermoma_pl.mask.masks import Masks
 from altermoma_pl.mask.top_k import Scope
 from altermoma_pl.model.contexts import noise_free, restored

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from altermoma_pl.granularity.channels.declared import Declared, declared_groups
-from altermoma_pl.granularity.channels.groups import ChannelGroup, Channels
-from altermoma_pl.granularity.channels.layouts import Names, group_of_layout, layouts
-from altermoma_pl.granularity.channels.tracing import PRODUCERS, Coupling, Forward, couplings_of
-from altermoma_pl.granularity.channels.trial import TOLERANCE, difference, enliven_, half, outputs_of, why_not
-from altermoma_pl.model.contexts import restored
+from altermoma_pl.granularity.channels.groups import ChannelGroup, Channels, Kept
+from altermoma_pl.granularity.channels.layouts import (
+    Declared,
+    Names,
+    declared_groups,
+    group_of_layout,
+    layouts,
+)
+from altermoma_pl.granularity.channels.resizing import Resizing
+from altermoma_pl.granularity.channels.tracing import PRODUCERS, Coupling, Forward, couplings_of, tensors_of
+from altermoma_pl.model.contexts import restored, seed_generators
 from altermoma_pl.model.inputs import as_forward
+from altermoma_pl.model.modality import is_constant
 from altermoma_pl.model.modality import prunable as prunable_weights
+
+TOLERANCE = 1e-5
+"""Largest difference of outputs, relative to their largest value (at least 1)."""
+DEAD = 0.01
+"""Running variances up to this share of a norm's largest one are taken for those of dead channels."""
 
 
 def find_channels(
@@ -143,9 +155,30 @@ class _Search:
             )
 
     def why_not(self, groups: Sequence[ChannelGroup]) -> str | None:
-        """Why half of the channels of each cannot be removed; None if they can."""
-        kept = {group.name: half(group, self.generator) for group in groups}
-        return why_not(self.names.model, groups, kept, self.forward, self.reset)
+        """Why removing half of the channels of each is not what masking them is; None if it is."""
+        model, channels, kept = self.names.model, Channels(tuple(groups)), Kept()
+        for group in groups:
+            size = group.num_channels
+            gone = torch.randperm(size, generator=self.generator)[: max(1, size // 2)]
+            kept[group.name] = torch.ones(size, dtype=torch.bool).index_fill(0, gone, False)
+        try:
+            channels.to_masks(kept, dict(model.named_parameters())).apply_(model)
+            masked = outputs_of(model, self.forward)
+            # From the masked model, so that between the two runs nothing but sizes changes.
+            Resizing.of(channels, kept, model).apply_(model)
+            gap = difference(masked, outputs_of(model, self.forward))
+        except Exception as error:  # of the user's code, of any kind
+            return f"the smaller model does not run: {(str(error) or type(error).__name__).splitlines()[0]}"
+        finally:
+            self.reset()
+        if gap == torch.inf:
+            return "its channels are an output, or outputs become not finite"
+        if gap > TOLERANCE:
+            return (
+                f"what is left depends on how many channels there are, as with a norm over channels, or a "
+                f"layer mixes them: outputs differ by {gap:.1e}"
+            )
+        return None
 
     def _forbidden(self, coupling: Coupling) -> str | None:
         """Why the user does not want these channels pruned, or torch does not let them."""
@@ -176,14 +209,12 @@ class _Search:
                 continue
             reason = self.why_not([group])
             if reason is None:
-                return "its channels are those of another group" if self._is_taken(group) else group
+                # A layer that reads two couplings' channels may belong to both; a position to one only.
+                taken = {position for other in self.found for position in other.positions()}
+                free = taken.isdisjoint(group.positions())
+                return group if free else "its channels are those of another group"
             reasons.append(reason)
         return reasons[0] if reasons else "its width cannot be divided as its layers need"
-
-    def _is_taken(self, group: ChannelGroup) -> bool:
-        # A layer that reads two couplings' channels may belong to both; a position to one only.
-        taken = {position for other in self.found for position in other.positions()}
-        return not taken.isdisjoint(group.positions())
 
     def _exclude(self, reasons: Mapping[object, str], unreached: str) -> None:
         """Say of each layer that puts channels out and is in no group, why."""
@@ -199,3 +230,45 @@ class _Search:
             elif weight in self.allowed:  # no coupling has its outputs, for example since they are detached
                 parent = self.names.model.get_submodule(path.rpartition(".")[0])
                 self.excluded[path] = _MULTIHEAD if isinstance(parent, nn.MultiheadAttention) else unreached
+
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, forward: Forward) -> list[Tensor]:
+    """Copies of what the model returns, with the same random numbers each time."""
+    seed_generators(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a loss that broadcasts what has lost channels, for one
+        return [each.detach().clone() for each in tensors_of(forward(model))]
+
+
+def difference(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+    """Largest difference relative to the largest value (at least 1); infinite if shapes differ."""
+    if [t.shape for t in one] != [t.shape for t in other]:  # a channel that went was an output
+        return torch.inf
+    pairs = [(a.double(), b.double()) for a, b in zip(one, other, strict=True) if a.numel()]
+    gaps = [(a - b).abs().max() / a.abs().max().clamp(min=1) for a, b in pairs]
+    return max((torch.inf if gap.isnan() else float(gap) for gap in gaps), default=0.0)  # max() drops a NaN
+
+
+@torch.no_grad()
+def enliven_(model: nn.Module, generator: torch.Generator) -> None:
+    """Add small random numbers to parameters that are zero or all the same, in place.
+
+    Behind a branch that is multiplied by zero, as it begins where a norm's weight or a head is initialised
+    so, or where channels are pruned, nothing would be proved: whatever is removed, outputs are the same.
+    Running variances of channels that were zero in training are raised to those of others: divided by
+    them, the random numbers would grow from norm to norm until rounding alone exceeds the tolerance.
+    """
+    for name, parameter in model.named_parameters():
+        if is_constant(name.rpartition(".")[2], parameter) or not parameter.numel():
+            continue
+        # Also all the same: a norm's ones or a bias of one number treat channels alike, so that removing the
+        # wrong ones would not show.
+        same = (parameter == 0) | (parameter.min() == parameter.max())
+        fan_in = parameter[0].numel() if parameter.ndim > 1 else 100  # vectors: a tenth, beside ones
+        noise = torch.randn(parameter.shape, generator=generator) / max(1, fan_in) ** 0.5
+        parameter.add_(noise.to(parameter) * same)
+    for name, buffer in model.named_buffers():
+        if name.rpartition(".")[2] == "running_var" and buffer.numel():
+            largest = buffer.max()
+            buffer.copy_(buffer.where(buffer > DEAD * largest, largest if largest > 0 else 1.0))

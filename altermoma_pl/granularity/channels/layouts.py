@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -149,3 +150,55 @@ def _heads(coupling: Coupling, names: Names) -> Iterator[tuple[str, str, int, in
             heads = getattr(parent, attribute, None)
             if type(heads) is int and heads > 1:  # not a list of modules, nor a flag
                 yield path, attribute, heads, parts
+
+
+Declared = Mapping[str, Mapping[str, str]]
+"""Group name -> module path -> "out", "in", or "in:16" where the channels begin at input 16.
+
+Depthwise convolutions, norms and embeddings are "out". What cannot be declared: other grouped convolutions,
+attention heads, and layers that read several inputs of each channel, as after flattening.
+"""
+
+
+def declared_groups(model: nn.Module, declared: Declared) -> list[ChannelGroup]:
+    """The groups, not proved yet; an error says what is wrong with a declaration."""
+    names, modules, groups = Names(model), dict(model.named_modules()), []
+    for name, sides in declared.items():
+        parsed = {path: _parse(name, path, side) for path, side in sides.items()}
+        unknown = [path for path in parsed if path not in modules]
+        if unknown:
+            raise ValueError(f"declared group {name!r}: {unknown} are no modules of {names.kind}")
+        outs = [path for path, (side, _) in parsed.items() if side == "out"]
+        first = next((path for path in outs if isinstance(modules[path], PRODUCERS)), None)
+        if first is None:
+            raise ValueError(
+                f"declared group {name!r} has no convolution or linear layer with side 'out': which "
+                f"layer puts the channels out?"
+            )
+        layer = modules[first]
+        width = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+        ports = []
+        for path, (side, offset) in parsed.items():
+            port = Port(modules[path], side, list(range(offset, offset + width)), list(range(width)))
+            # Checked here: positions beyond a tensor would be taken for those of a grouped convolution.
+            for tensor, dim in tensors_of_port(port, names):
+                if tensor.shape[dim] < offset + width or (side == "out" and tensor.shape[dim] != width):
+                    raise ValueError(
+                        f"declared group {name!r}: {path!r} has {tensor.shape[dim]} channels, and "
+                        f"{first!r} puts out {width}, beginning at {offset}"
+                    )
+            ports.append(port)
+        coupling = Coupling(width, ports)
+        finest = Layout(1, width, 1, tuple(counting_attributes(coupling, names)))
+        groups.append(replace(group_of_layout(coupling, finest, names), name=name))
+    return groups
+
+
+def _parse(name: str, path: str, side: str) -> tuple[str, int]:
+    kind, _, offset = str(side).partition(":")
+    if kind not in ("in", "out") or (offset and (kind == "out" or not offset.isdigit())):
+        raise ValueError(
+            f"declared group {name!r}: the side of {path!r} must be 'out', 'in', or 'in:16' where its "
+            f"channels begin at input 16, got {side!r}"
+        )
+    return kind, int(offset or 0)

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from altermoma_pl.granularity.channels.declared import Declared
-from altermoma_pl.granularity.channels.finding import find_channels
+from altermoma_pl.granularity.channels.finding import TOLERANCE, difference, find_channels, outputs_of
 from altermoma_pl.granularity.channels.groups import Channels
+from altermoma_pl.granularity.channels.layouts import Declared
 from altermoma_pl.granularity.channels.resizing import Attributes, Resizing
 from altermoma_pl.granularity.channels.tracing import Forward, trainable
-from altermoma_pl.granularity.channels.trial import TOLERANCE, difference, outputs_of
 from altermoma_pl.mask.masks import Masks
 from altermoma_pl.model.contexts import modes_restored, restored
 from altermoma_pl.model.inputs import as_arguments
@@ -40,16 +39,11 @@ class Slim:
     attributes: Attributes
     difference: float
     widths: Mapping[str, tuple[int, int]]
-    still_masked: Mapping[str, str] = field(default_factory=dict)
-    channels: Channels = field(default_factory=lambda: Channels(()))
+    still_masked: Mapping[str, str]
+    channels: Channels
 
 
-def slim(
-    model: nn.Module,
-    masks: Masks,
-    example_inputs: Any,
-    declared: Declared | None = None,
-) -> Slim:
+def slim(model: nn.Module, masks: Masks, example_inputs: Any, declared: Declared | None = None) -> Slim:
     """Remove from a copy of `model` every channel that `masks` prunes in all coupled layers.
 
     Evaluated on the example inputs, the copy gives what the masked model gives, to a relative 1e-5, or there
@@ -70,7 +64,10 @@ def slim(
     """
     masks.check_fits(model)
     arguments = as_arguments(example_inputs)
-    smaller = _copy_of(model)
+    try:
+        smaller = copy.deepcopy(model)
+    except Exception as error:  # of any module
+        raise ValueError(f"{type(model).__name__} cannot be copied: {error}") from error
     masks.apply_(smaller)
 
     def forward(module: nn.Module) -> Any:
@@ -84,15 +81,9 @@ def slim(
         kept = channels.kept(dict(smaller.named_parameters()))
         _check_worthwhile(kept, masks)
         resizing, attributes, gap = _remove_(smaller, forward, channels, kept)
-    return Slim(
-        smaller,
-        resizing,
-        attributes,
-        gap,
-        {name: (int(flags.sum()), len(flags)) for name, flags in kept.items()},
-        _still_masked(masks, resizing, channels),
-        channels,
-    )
+    widths = {name: (int(flags.sum()), len(flags)) for name, flags in kept.items()}
+    still_masked = _still_masked(masks, resizing, channels)
+    return Slim(smaller, resizing, attributes, gap, widths, still_masked, channels)
 
 
 def _remove_(
@@ -114,13 +105,6 @@ def _remove_(
             f"{cut}: leave layers out by prunable patterns to find the one at fault"
         )
     return resizing, attributes, gap
-
-
-def _copy_of(model: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:  # of any module
-        raise ValueError(f"{type(model).__name__} cannot be copied: {error}") from error
 
 
 def _check_worthwhile(kept: Mapping[str, Tensor], masks: Masks) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -82,38 +84,34 @@ def _couplings(graph: Any, model: nn.Module) -> Iterator[Coupling]:
     for module in model.modules():
         if module not in graph.module2node or module in seen or not isinstance(module, PRODUCERS):
             continue
-        pruner = graph.get_pruner_of_module(module)
-        width = pruner.get_out_channels(module)
-
-        def ports(*channels: int, of: Any = pruner, root: nn.Module = module) -> dict[tuple[Any, str], Port]:
-            found = {}
-            for item in graph.get_pruning_group(root, of.prune_out_channels, list(channels)):
-                target = item.dep.target.module
-                side = "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
-                # All else are operators: torch-pruning makes a layer for each concatenation and view.
-                if target in parts or isinstance(target, nn.Parameter):
-                    found[target, side] = Port(target, side, list(item.idxs), list(item.root_idxs))
-            return found
-
+        width = graph.get_pruner_of_module(module).get_out_channels(module)
+        ports = partial(_ports, graph, parts, module)
         # Where the first and the last channel touch as much, and no other output of this layer, all do.
-        first, last = ports(0), ports(width - 1)
+        first, last = ports([0]), ports([width - 1])
         lengths = [{key: len(port.positions) for key, port in each.items()} for each in (first, last)]
         if lengths[0] == lengths[1] and first[module, "out"].positions == [0]:
-            coupled = ports(*range(width))
+            coupled = ports([*range(width)])
         else:  # outputs part, or are coupled with each other: asked at once, the graph takes minutes
-            coupled = _merged(ports(channel) for channel in range(width))
+            coupled = ports(*([channel] for channel in range(width)))
         seen |= {port.module for port in coupled.values() if port.side == "out"}
         yield Coupling(width, list(coupled.values()))
 
 
-def _merged(parts: Iterable[dict[tuple[Any, str], Port]]) -> dict[tuple[Any, str], Port]:
-    whole: dict[tuple[Any, str], Port] = {}
-    for part in parts:
-        for key, port in part.items():
-            into = whole.setdefault(key, Port(port.module, port.side, [], []))
-            into.positions.extend(port.positions)
-            into.roots.extend(port.roots)
-    return whole
+def _ports(
+    graph: Any, parts: set[nn.Module], layer: nn.Module, *asked: list[int]
+) -> dict[tuple[Any, str], Port]:
+    """What is coupled with the outputs of a layer, asked for some of them after the other."""
+    found: dict[tuple[Any, str], Port] = {}
+    prune = graph.get_pruner_of_module(layer).prune_out_channels
+    for item in chain.from_iterable(graph.get_pruning_group(layer, prune, outputs) for outputs in asked):
+        target = item.dep.target.module
+        side = "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
+        # All else are operators: torch-pruning makes a layer for each concatenation and view.
+        if target in parts or isinstance(target, nn.Parameter):
+            port = found.setdefault((target, side), Port(target, side, [], []))
+            port.positions.extend(item.idxs)
+            port.roots.extend(item.root_idxs)
+    return found
 
 
 def tensors_of(value: Any) -> list[Tensor]:

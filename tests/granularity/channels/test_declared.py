@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from altermoma_pl.granularity.channels.declared import declared_groups
+from altermoma_pl.granularity.channels.layouts import declared_groups
 from tests.helpers.coupled_channels import found
 from tests.helpers.coupled_models import CASES, Net, conv
 from tests.helpers.searching import OUTPUT, column, refused, search, slices

@@ -7,9 +7,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from altermoma_pl.granularity.channels import find_channels
+from altermoma_pl.granularity.channels.finding import enliven_, find_channels
 from altermoma_pl.granularity.channels.tracing import couplings_of
-from altermoma_pl.granularity.channels.trial import enliven_
 from tests.helpers.coupled_channels import found, untouched
 from tests.helpers.coupled_models import CASES, Net, block, chain, conv, multihead
 from tests.helpers.searching import OUTPUT, column, image, refused, search, slices
@@ -196,11 +195,11 @@ def test_models_that_cannot_be_searched():
 
 def test_groups_that_go_only_alone(monkeypatch):
     """Where any two are refused though each was proved."""
-    from altermoma_pl.granularity.channels import finding
+    from altermoma_pl.granularity.channels.finding import _Search
 
-    real = finding.why_not
+    real = _Search.why_not
     monkeypatch.setattr(
-        finding, "why_not", lambda m, groups, *rest: "two" if len(groups) > 1 else real(m, groups, *rest)
+        _Search, "why_not", lambda search, groups: "two" if len(groups) > 1 else real(search, groups)
     )
     refused("one group at a time, but not together: two; leave layers out", CASES["residual"].model())
 

@@ -9,7 +9,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import grid_sample, scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
-from altermoma_pl.granularity.channels import FlopModel, count_flops, find_channels, slim
+from altermoma_pl.granularity.channels.finding import find_channels
+from altermoma_pl.granularity.channels.flops import FlopModel, count_flops
+from altermoma_pl.granularity.channels.slimming import slim
 from tests.helpers.coupled_channels import found, random_kept
 from tests.helpers.coupled_models import CASES
 

@@ -7,9 +7,13 @@ from torch import nn
 from torch.testing import assert_close
 
 from altermoma_pl.export.batch_norms import recalibrate_
-from altermoma_pl.granularity.channels import slim
-from altermoma_pl.granularity.channels.rebuilding import reshape_like_, slim_entry, slim_optimizer_states
-from altermoma_pl.granularity.channels.resizing import Resizing
+from altermoma_pl.granularity.channels.resizing import (
+    Resizing,
+    reshape_like_,
+    slim_entry,
+    slim_optimizer_states,
+)
+from altermoma_pl.granularity.channels.slimming import slim
 from tests.helpers.coupled_channels import found, random_masks, untouched
 from tests.helpers.coupled_models import CASES
 

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
-from altermoma_pl.granularity.channels import find_channels, slim
-from altermoma_pl.granularity.channels.rebuilding import slim_optimizer_states
+from altermoma_pl.granularity.channels.finding import find_channels
+from altermoma_pl.granularity.channels.resizing import slim_optimizer_states
+from altermoma_pl.granularity.channels.slimming import slim
 from altermoma_pl.mask.masks import Masks
 from examples.data.datamodule import DrivingData
 from examples.models.module import FusionModule

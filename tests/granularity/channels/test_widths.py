@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from altermoma_pl.granularity.channels import keep_widths
+from altermoma_pl.granularity.channels.widths import keep_widths
 from tests.helpers.coupled_channels import found
 
 

@@ -77,7 +77,6 @@ def find_channels(
     return Channels(tuple(groups), search.excluded)
 
 
-_UNREACHED = "the graph of gradients does not reach it: declare its group by hand"
 _MULTIHEAD = "nn.MultiheadAttention ties its width to the number of its heads"
 
 
@@ -120,7 +119,7 @@ class _Search:
 
     def take_traced(self) -> None:
         """Groups of the graph, those that pass."""
-        couplings, unreached = [], _UNREACHED
+        couplings, unreached = [], "the graph of gradients does not reach it: declare its group by hand"
         try:
             couplings = couplings_of(self.names.model, self.forward)
         except ModuleNotFoundError:  # torch-pruning itself
@@ -245,8 +244,8 @@ def difference(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
     """Largest difference relative to the largest value (at least 1); infinite if shapes differ."""
     if [t.shape for t in one] != [t.shape for t in other]:  # a channel that went was an output
         return torch.inf
-    pairs = [(a.double(), b.double()) for a, b in zip(one, other, strict=True) if a.numel()]
-    gaps = [(a - b).abs().max() / a.abs().max().clamp(min=1) for a, b in pairs]
+    pairs = ((a.double(), b.double()) for a, b in zip(one, other, strict=True) if a.numel())
+    gaps = ((a - b).abs().max() / a.abs().max().clamp(min=1) for a, b in pairs)
     return max((torch.inf if gap.isnan() else float(gap) for gap in gaps), default=0.0)  # max() drops a NaN
 
 

@@ -50,9 +50,9 @@ class Names:
 def layouts(coupling: Coupling, names: Names) -> Iterator[Layout]:
     """Candidates, the finest first: which of them is right only a trial can tell."""
     width = coupling.width
-    counts = tuple(counting_attributes(coupling, names))
+    counts = tuple(_counting_attributes(coupling, names))
     convs = [port.module for port in coupling.ports if isinstance(port.module, _CONVS)]
-    grouped = {module.groups for module in convs if module.groups > 1 and not is_depthwise(module)}
+    grouped = {module.groups for module in convs if module.groups > 1 and not _is_depthwise(module)}
     # The groups of a convolution must stay equal, so that each gives a channel when one goes.
     outer = sorted(grouped) or [1]
     # Halves that are read together, as in gated units, are read as a width that is a part of the whole.
@@ -70,12 +70,17 @@ def group_of_layout(coupling: Coupling, layout: Layout, names: Names) -> Channel
     number = torch.arange(layout.num_channels)[None, :, None].expand(shape).flatten()  # root -> its channel
     slices: dict[tuple[str, int], Slice] = {}
     for port in coupling.ports:
-        channel = number[torch.tensor(port.roots)]
-        for tensor, dim in tensors_of_port(port, names):
+        channels = number[torch.tensor(port.roots)]
+        for tensor, dim in _tensors_of_port(port, names):
             # A grouped convolution reads the same rows of its weight in each of its groups.
             positions = torch.tensor(port.positions) % tensor.shape[dim]
             name = names.tensor(tensor)
-            index = _index(name, positions, channel, layout.num_channels)
+            # Sorted, and once: the graph may come to a position on two ways.
+            pairs: Tensor = torch.unique(torch.stack([channels, positions], dim=1), dim=0)
+            counts = torch.bincount(pairs[:, 0], minlength=layout.num_channels)
+            if len(set(counts.tolist())) != 1 or len(set(pairs[:, 1].tolist())) != len(pairs):
+                raise ValueError(f"the channels do not divide {name!r} evenly")
+            index = pairs[:, 1].reshape(layout.num_channels, -1)
             known = slices.setdefault((name, dim), Slice(name, dim, index))
             # Layers may share a weight and yet read their inputs in another order.
             if not torch.equal(known.index, index):
@@ -87,17 +92,7 @@ def group_of_layout(coupling: Coupling, layout: Layout, names: Names) -> Channel
     return ChannelGroup(name, layout.num_channels, tuple(ordered), tuple(producers), layout.attributes)
 
 
-def _index(name: str, positions: Tensor, channel: Tensor, num_channels: int) -> Tensor:
-    """(num_channels, k) from the channel of each position."""
-    # Sorted, and once: the graph may come to a position on two ways.
-    pairs: Tensor = torch.unique(torch.stack([channel, positions], dim=1), dim=0)
-    counts = torch.bincount(pairs[:, 0], minlength=num_channels)
-    if len(set(counts.tolist())) != 1 or len(set(pairs[:, 1].tolist())) != len(pairs):
-        raise ValueError(f"the channels do not divide {name!r} evenly")
-    return pairs[:, 1].reshape(num_channels, -1)
-
-
-def tensors_of_port(port: Port, names: Names) -> Iterator[tuple[Tensor, int]]:
+def _tensors_of_port(port: Port, names: Names) -> Iterator[tuple[Tensor, int]]:
     """The tensors of a port, and the dimension along which its channels lie; an error for other layers."""
     module, out = port.module, port.side == "out"
     if isinstance(module, nn.Parameter):
@@ -108,8 +103,8 @@ def tensors_of_port(port: Port, names: Names) -> Iterator[tuple[Tensor, int]]:
     elif isinstance(module, PRODUCERS):
         transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
         # A depthwise weight is (channels, 1, ...), transposed or not, and its inputs are its outputs.
-        yield module.weight, int(transposed == out) if not is_depthwise(module) else 0
-        if module.bias is not None and (out or is_depthwise(module)):
+        yield module.weight, int(transposed == out) if not _is_depthwise(module) else 0
+        if module.bias is not None and (out or _is_depthwise(module)):
             yield module.bias, 0
     elif isinstance(module, nn.Embedding):
         yield module.weight, 1
@@ -122,16 +117,16 @@ def tensors_of_port(port: Port, names: Names) -> Iterator[tuple[Tensor, int]]:
         raise ValueError(f"{path!r} is a {kind}, whose channels cannot be removed one by one")
 
 
-def counting_attributes(coupling: Coupling, names: Names) -> Iterator[tuple[str, str]]:
+def _counting_attributes(coupling: Coupling, names: Names) -> Iterator[tuple[str, str]]:
     """(module path, attribute) of layers that count their channels where no tensor tells them."""
     for module in dict.fromkeys(port.module for port in coupling.ports):
-        if is_depthwise(module):
+        if _is_depthwise(module):
             yield names.modules[module], "groups"
         elif isinstance(module, nn.modules.batchnorm._NormBase) and not module.state_dict():
             yield names.modules[module], "num_features"
 
 
-def is_depthwise(module: object) -> bool:
+def _is_depthwise(module: object) -> bool:
     """Whether a convolution has one filter for each channel."""
     return isinstance(module, _CONVS) and 1 < module.groups == module.in_channels == module.out_channels
 
@@ -181,7 +176,7 @@ def declared_groups(model: nn.Module, declared: Declared) -> list[ChannelGroup]:
         for path, (side, offset) in parsed.items():
             port = Port(modules[path], side, list(range(offset, offset + width)), list(range(width)))
             # Checked here: positions beyond a tensor would be taken for those of a grouped convolution.
-            for tensor, dim in tensors_of_port(port, names):
+            for tensor, dim in _tensors_of_port(port, names):
                 if tensor.shape[dim] < offset + width or (side == "out" and tensor.shape[dim] != width):
                     raise ValueError(
                         f"declared group {name!r}: {path!r} has {tensor.shape[dim]} channels, and "
@@ -189,7 +184,7 @@ def declared_groups(model: nn.Module, declared: Declared) -> list[ChannelGroup]:
                     )
             ports.append(port)
         coupling = Coupling(width, ports)
-        finest = Layout(1, width, 1, tuple(counting_attributes(coupling, names)))
+        finest = Layout(1, width, 1, tuple(_counting_attributes(coupling, names)))
         groups.append(replace(group_of_layout(coupling, finest, names), name=name))
     return groups
 

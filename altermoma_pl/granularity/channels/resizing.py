@@ -35,7 +35,7 @@ class Resizing:
     @classmethod
     def of(cls, channels: Channels, kept: Mapping[str, Tensor], model: nn.Module) -> Resizing:
         """What stays of the tensors of a model, of the dense shapes, if these channels do."""
-        tensors = dict(named_tensors(model))
+        tensors = dict(_named_tensors(model))
         # By identity: of a tied tensor the groups know one name only, and it shrinks under all of them.
         stay: dict[int, dict[int, Tensor]] = {}
         counts: dict[tuple[str, str], tuple[int, int]] = {}
@@ -61,7 +61,7 @@ class Resizing:
         """The part of a tensor of this name that stays, in the same memory format; itself if all does."""
         if name not in self.positions:
             return tensor
-        memory_format = memory_format_of(tensor)
+        memory_format = _memory_format_of(tensor)
         for dim, positions in self.positions[name].items():
             tensor = tensor.index_select(dim, positions.to(tensor.device))
         return tensor.contiguous(memory_format=memory_format)  # index_select forgets channels last
@@ -75,8 +75,8 @@ class Resizing:
         Returns:
             The attributes of its modules that are others now.
         """
-        tensors = dict(named_tensors(model))
-        replace_tensors_(model, {name: self.resized(name, tensors[name].detach()) for name in self.positions})
+        tensors = dict(_named_tensors(model))
+        _replace_(model, {name: self.resized(name, tensors[name].detach()) for name in self.positions})
         changed: Attributes = {}
 
         def set_(path: str, attribute: str, value: Any) -> None:
@@ -94,19 +94,19 @@ class Resizing:
         return changed
 
 
-def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers, under each of their names."""
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def replace_tensors_(model: nn.Module, new: Mapping[str, Tensor]) -> None:
+def _replace_(model: nn.Module, new: Mapping[str, Tensor]) -> None:
     """Put tensors in the place of those of these names, in place; what is shared stays so.
 
     New objects, since a parameter whose `data` changes its shape breaks whoever holds it.
     """
     placed: dict[int, Tensor] = {}
-    for name, old in list(named_tensors(model)):  # a list: the old ones live on, so that no id comes again
+    for name, old in list(_named_tensors(model)):  # a list: the old ones live on, so that no id comes again
         if name in new:
             trained = isinstance(old, nn.Parameter)
             value = nn.Parameter(new[name], old.requires_grad) if trained else new[name]
@@ -114,7 +114,7 @@ def replace_tensors_(model: nn.Module, new: Mapping[str, Tensor]) -> None:
             setattr(model.get_submodule(owner), leaf, placed.setdefault(id(old), value))
 
 
-def memory_format_of(tensor: Tensor) -> torch.memory_format:
+def _memory_format_of(tensor: Tensor) -> torch.memory_format:
     """Channels last where the tensor is."""
     if tensor.ndim not in (4, 5) or tensor.is_contiguous():
         return torch.contiguous_format
@@ -182,7 +182,7 @@ def reshape_like_(model: nn.Module, state: Mapping[str, Tensor], entry: Mapping[
             f"the checkpoint is not that of a slim model: it needs an entry {KEY!r} of format {SLIM_FORMAT}, "
             f"as `altermoma export` writes it, got {entry!r:.80}"
         )
-    modules, tensors = dict(model.named_modules()), dict(named_tensors(model))
+    modules, tensors = dict(model.named_modules()), dict(_named_tensors(model))
     pairs = {name: (like, tensors[name]) for name, like in state.items() if name in tensors}  # no extra state
     strange = sorted(state.keys() ^ model.state_dict().keys())
     strange += [path for path in entry["attributes"] if path not in modules]
@@ -197,11 +197,11 @@ def reshape_like_(model: nn.Module, state: Mapping[str, Tensor], entry: Mapping[
             f"{strange[:5]}; build the model as it was before it was slimmed"
         )
     smaller = {
-        name: torch.empty_like(like, dtype=old.dtype, device=old.device, memory_format=memory_format_of(old))
+        name: torch.empty_like(like, dtype=old.dtype, device=old.device, memory_format=_memory_format_of(old))
         for name, (like, old) in pairs.items()
         if like.shape != old.shape
     }
-    replace_tensors_(model, smaller)
+    _replace_(model, smaller)
     for path, values in entry["attributes"].items():
         for attribute, value in values.items():
             setattr(modules[path], attribute, value)
@@ -221,18 +221,11 @@ def slim_optimizer_states(
         ValueError: If it cannot be told whose a state is: parameters must have been given to the
             optimizers in the model's order, each to one.
     """
-    # Optimizers save numbers, not names; in the order of their parameter groups these count the parameters.
-    numbers = [
-        (index, number)
-        for index, each in enumerate(states)
-        for group in each["param_groups"]
-        for number in group["params"]
-    ]
-    if len(numbers) != len(parameters):
+    count = sum(len(group["params"]) for each in states for group in each["param_groups"])
+    if count != len(parameters):
         raise ValueError(
-            f"the optimizers hold {len(numbers)} parameters and the model {len(parameters)} that are trained"
+            f"the optimizers hold {count} parameters and the model {len(parameters)} that are trained"
         )
-    names = dict(zip(numbers, parameters, strict=True))
 
     def resized(key: str, value: Any, name: str) -> Any:
         if not isinstance(value, Tensor) or not value.ndim:  # as the count of steps
@@ -241,13 +234,13 @@ def slim_optimizer_states(
             raise ValueError(f"the state {key!r} of {name!r} has another shape than the parameter")
         return resizing.resized(name, value)
 
-    return [
-        each
-        | {
-            "state": {
-                number: {key: resized(key, value, names[index, number]) for key, value in values.items()}
-                for number, values in each["state"].items()
-            }
+    names, slimmed = iter(parameters), []
+    for each in states:
+        # Optimizers save numbers, not names; in the order of their groups these count the parameters.
+        owner = {number: next(names) for group in each["param_groups"] for number in group["params"]}
+        state = {
+            number: {key: resized(key, value, owner[number]) for key, value in values.items()}
+            for number, values in each["state"].items()
         }
-        for index, each in enumerate(states)
-    ]
+        slimmed.append(each | {"state": state})
+    return slimmed

@@ -54,13 +54,18 @@ def keep_widths(
         raise ValueError(f"sparsity must be in [0, 1), got {sparsity}")
     steps = steps or dict.fromkeys(scores, 1)
     cost = cost or (lambda widths: float(sum(widths.values())))
-    order = {name: _best_first(name, score, within) for name, score in scores.items()}
-    start = {name: len(best) for name, best in order.items()}
+    order: dict[str, Tensor] = {}  # the channels of each group that are there, the best first
     removals: list[Step] = []
     for name, score in reversed(list(scores.items())):
+        there = torch.arange(len(score)) if within is None else within[name].cpu().nonzero().flatten()
+        own = score.detach().double().cpu()[there]  # of what is gone, a score may be anything
+        if not bool(own.isfinite().all()):
+            raise ValueError(f"scores of the channels of {name!r} are not finite")
+        ranked, best = own.sort(descending=True, stable=True)
+        order[name] = there[best]
         least = round(max(1, min_density * len(score)), 9)  # 0.07 * 100 is more than 7
         floor = math.ceil(least / steps[name]) * steps[name]
-        removals += _steps(name, score.detach().double().cpu()[order[name]], steps[name], floor)
+        removals += _steps(name, ranked, steps[name], floor)
     # Stable: of equal scores those of the later group go first, and in a group the last.
     removals.sort(key=lambda step: step.score)
     # Rounding must not take one block more than needed, where a share of a cost is no exact number.
@@ -68,12 +73,12 @@ def keep_widths(
     limit = (1 - sparsity) * full * (1 + 1e-12)
 
     def widths_after(count: int) -> dict[str, int]:
+        start = {name: len(order[name]) for name in scores}
         return start | {step.group: step.width for step in removals[:count]}
 
     # By bisection, since every block that goes costs less; of FLOPs, a cost takes a while.
-    counts = range(len(removals) + 1)
-    count = bisect_left(counts, True, key=lambda n: cost(widths_after(n)) <= limit)
-    if count not in counts:
+    count = bisect_left(range(len(removals) + 1), True, key=lambda n: cost(widths_after(n)) <= limit)
+    if count > len(removals):
         most = 1 - cost(widths_after(count)) / full
         raise ValueError(
             f"sparsity {sparsity:.4g} cannot be reached: with whole blocks and the floor of each layer "
@@ -83,15 +88,6 @@ def keep_widths(
     for name, width in widths_after(count).items():
         kept[name][order[name][:width]] = True
     return kept
-
-
-def _best_first(name: str, score: Tensor, within: Kept | None) -> Tensor:
-    """The channels of a group that are there, the best first and of equal ones the first."""
-    there = torch.arange(len(score)) if within is None else within[name].cpu().nonzero().flatten()
-    own = score.detach().double().cpu()[there]  # of what is gone, a score may be anything
-    if not bool(own.isfinite().all()):
-        raise ValueError(f"scores of the channels of {name!r} are not finite")
-    return there[own.argsort(descending=True, stable=True)]
 
 
 def _steps(name: str, ranked: Tensor, step: int, floor: int) -> list[Step]:

@@ -65,11 +65,7 @@ class Channel(Granularity):
             raise ValueError(f"FLOPs are those of the whole model: choose the scope 'global', got {scope!r}")
 
     def trace(self, model: nn.Module, forward: Forward, prunable: list[str]) -> Traced:
-        """The channels of a model, which is left as it was; norms and dropout are quiet meanwhile.
-
-        Raises:
-            ModuleNotFoundError, ValueError: As `find_channels`.
-        """
+        """As `find_channels`, while norms and dropout are quiet; the model is left as it was."""
         with noise_free(model):
             channels = find_channels(model, forward, prunable, self.declared)
             with restored(model):
@@ -86,11 +82,9 @@ class Channel(Granularity):
         cost = traced.flops if self.target == "flops" else None
         scope_of = self._scope_of(ranking)
         for label in dict.fromkeys(scope_of.values()):
-            names = [name for name, own in scope_of.items() if own == label]
-            scores_of = {name: scores[name] for name in names}
-            within = {name: before[name] for name in names}
+            competing = {name: scores[name] for name, own in scope_of.items() if own == label}
             share = sparsity[label] if isinstance(sparsity, dict) else sparsity
-            kept |= keep_widths(scores_of, share, steps, ranking.min_density, within, cost)
+            kept |= keep_widths(competing, share, steps, ranking.min_density, before, cost)
         return kept
 
     def pruned(self, ranking: Ranking, by_modality: bool) -> Sparsity:

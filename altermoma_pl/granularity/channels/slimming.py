@@ -112,7 +112,7 @@ def _check_worthwhile(kept: Mapping[str, Tensor], masks: Masks) -> None:
     if gone:
         raise ValueError(f"all channels of {gone} are pruned: nothing would be left of these layers")
     if all(bool(flags.all()) for flags in kept.values()):
-        share = 1 - masks.num_kept / max(1, sum(mask.numel() for mask in masks.values()))
+        share = 1 - masks.num_kept / max(1, masks.num_weights)
         raise ValueError(
             f"no channel is pruned as a whole (sparsity of the masks: {share:.4g}): prune with the "
             f"granularity 'channel'; zeros that are scattered over a layer save no time"

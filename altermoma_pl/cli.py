@@ -171,7 +171,7 @@ def _compare(arguments: list[str]) -> None:
     parser.add_argument("--config", action="config", help="a YAML file with the options below")
     parser.add_function_arguments(compare, as_positional=False)
     options = parser.parse_args(arguments)
-    with _in_one_line(parser, RuntimeError, ValueError):
+    with _in_one_line(parser, OSError, RuntimeError, ValueError):
         options = parser.instantiate(options)
         del options["config"]
         compare(**options)

@@ -20,7 +20,11 @@ ROWS = [  # lowest first; a room is a folder or a file of the package
     {"cli"},
 ]
 FLOOR = {room: floor for floor, row in enumerate(ROWS) for room in row}
-MAY_IMPORT_LIGHTNING = {"callback", "export", "cli"}
+MAY_IMPORT = {
+    **dict.fromkeys(["lightning", "pytorch_lightning"], ("callback", "export", "cli")),
+    # They come with the extra `compare`: nothing else may need them.
+    **dict.fromkeys(["joblib", "pandas", "scipy"], ("compare",)),
+}
 
 
 def imports_of(path):
@@ -52,7 +56,7 @@ def violations(package):
             target = below.partition(".")[0]
             if name.startswith("."):
                 yield f"{room} imports relatively"
-            elif top in ("lightning", "pytorch_lightning") and room not in MAY_IMPORT_LIGHTNING:
+            elif room not in MAY_IMPORT.get(top, FLOOR):
                 yield f"{room} imports {top}"
             elif name == NAME and room == "cli":
                 continue  # the roof: it may ask the face for the version
@@ -84,7 +88,9 @@ def test_the_picture_of_the_house_is_that_of_the_layering_test():
         ("mask/masks.py", "from altermoma_pl.callback import AlterMOMACallback", "mask imports callback"),
         ("mask/masks.py", "def f():\n    import lightning.pytorch as pl", "mask imports lightning"),
         ("score/new.py", "from pytorch_lightning import Callback", "score imports pytorch_lightning"),
-        ("score/new.py", "from altermoma_pl.enforce.enforcement import Enforcement", "score imports enforce"),
+        ("report/new.py", "def f():\n    import pandas as pd", "report imports pandas"),
+        ("score/new.py", "from scipy.stats import sem", "score imports scipy"),
+        ("score/new.py", "from altermoma_pl.enforce.copies import copies", "score imports enforce"),
         ("mask/masks.py", "from altermoma_pl import Modalities", "mask imports the face"),
         ("mask/masks.py", "from .top_k import top_k", "mask imports relatively"),
         ("mask/masks.py", "import altermoma_pl.helpers", "mask imports helpers"),
@@ -103,6 +109,7 @@ def test_a_planted_violation_is_caught(tmp_path, file, line, expected):
         ("callback/hooks.py", "import lightning\nfrom altermoma_pl.callback.state import State"),
         ("cli.py", "from lightning.pytorch.cli import LightningCLI\nimport altermoma_pl.export.costs"),
         ("score/new.py", "from altermoma_pl.score.criterion import Criterion\nimport torch"),
+        ("compare/new.py", "import pandas as pd\nfrom joblib import Parallel\nfrom scipy.stats import sem"),
         ("__init__.py", "from altermoma_pl.callback import AlterMOMACallback"),
     ],
 )

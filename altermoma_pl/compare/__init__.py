@@ -2,8 +2,7 @@
 
 from altermoma_pl.compare.benchmark import Benchmark, Direction, Method, Values
 from altermoma_pl.compare.runner import compare
-from altermoma_pl.compare.statistics import Estimate, paired_difference
-from altermoma_pl.compare.summary import Summary
+from altermoma_pl.compare.summary import Estimate, Summary, paired_difference
 
 __all__ = [
     "Benchmark",

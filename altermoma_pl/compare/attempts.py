@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -80,7 +80,8 @@ def follow(what: str, attempts: Attempts, done: int, total: int) -> dict[str, Fa
         bar = progress.add_task(what, completed=done, total=total, left="")
         for count, (name, failure) in enumerate(attempts, start=1):
             now = time.monotonic()
-            left = time_left(now - started, count, total - done)
+            seconds = (now - started) / count * (total - done - count)
+            left = f"{timedelta(seconds=round(seconds))} left"
             progress.update(bar, advance=1, left=left)
             if failure is not None:
                 failures[name] = failure
@@ -92,17 +93,20 @@ def follow(what: str, attempts: Attempts, done: int, total: int) -> dict[str, Fa
     return failures
 
 
-def time_left(seconds: float, done: int, total: int) -> str:
-    """`0:10:00 left`, after `done` of `total` tasks in so many seconds."""
-    return f"{timedelta(seconds=round(seconds / done * (total - done)))} left"
-
-
 def _attempt(name: str, task: Callable[[], object], threads: int) -> tuple[str, Failure | None]:
-    try:
-        with _ALONE, _settled(threads):
+    """Do it quietly: what hundreds of short runs have to say would hide the progress."""
+    with _ALONE, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        disabled, num_threads = logging.root.manager.disable, torch.get_num_threads()
+        try:
+            warnings.simplefilter("ignore")
+            logging.disable(logging.WARNING)
+            torch.set_num_threads(threads)
             task()
-    except Exception as error:
-        return name, Failure(repr(error), traceback.format_exc())
+        except Exception as error:
+            return name, Failure(repr(error), traceback.format_exc())
+        finally:
+            logging.disable(disabled)
+            torch.set_num_threads(num_threads)
     return name, None
 
 
@@ -115,18 +119,3 @@ def _end_with(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-@contextlib.contextmanager
-def _settled(threads: int) -> Iterator[None]:
-    """So many CPU threads, and quiet: what hundreds of short runs have to say would hide the progress."""
-    disabled, num_threads = logging.root.manager.disable, torch.get_num_threads()
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(threads)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
-        torch.set_num_threads(num_threads)

@@ -12,8 +12,7 @@ from dataclasses import replace
 from itertools import cycle
 from typing import TYPE_CHECKING
 
-from altermoma_pl.compare.statistics import Estimate
-from altermoma_pl.compare.summary import KEPT, Summary, condition_label, percent
+from altermoma_pl.compare.summary import KEPT, Estimate, Summary, condition_label, percent
 from altermoma_pl.report.figures import COLOURS, MARKERS, SHARED_COLOUR, new_axes
 from altermoma_pl.score import AlterEva
 
@@ -59,8 +58,7 @@ def over_sparsity(summary: Summary, metric: str) -> Figure:
     if dense is not None:
         axes.axhline(dense.mean, color="black", linewidth=0.8, linestyle=(0, (1, 2)), label="dense")
     axes.set_xticks(sparsities, [percent(s) for s in sparsities])
-    axes.set_xlabel("sparsity")
-    axes.set_ylabel(f"{metric} ({summary.grid.benchmark.metrics[metric]} is better)")
+    axes.set(xlabel="sparsity", ylabel=f"{metric} ({summary.grid.benchmark.metrics[metric]} is better)")
     figure.legend(loc="outside right upper", fontsize=8, handlelength=3.5)  # to tell dashes from dots
     return figure
 
@@ -102,8 +100,7 @@ def over_beta(summary: Summary, metric: str) -> Figure:
         look = {"color": colour, "marker": marker, "capsize": 3, "label": percent(sparsity)}
         ratios, means = [ratio for ratio, _ in family], [e.mean for e in found]
         axes.errorbar(ratios, means, yerr=_error_bars(found), **look)
-    axes.set_xlabel("beta / alpha")
-    axes.set_ylabel(f"{metric} ({summary.grid.benchmark.metrics[metric]} is better)")
+    axes.set(xlabel="beta / alpha", ylabel=f"{metric} ({summary.grid.benchmark.metrics[metric]} is better)")
     figure.legend(loc="outside right upper", title="sparsity", fontsize=8)
     return figure
 

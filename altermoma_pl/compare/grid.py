@@ -75,10 +75,17 @@ class Grid:
         """All of them, seed by seed, so that a shard needs few dense models."""
         return [Cell(*run) for run in product(self.seeds, self.sparsities, self.methods)]
 
-    def shard(self, index: int, count: int) -> list[Cell]:
-        """Part `index`, from 1, of `count` parts of about the same size."""
-        cells = self.cells
-        return cells[(index - 1) * len(cells) // count : index * len(cells) // count]
+    def shard(self, shard: str) -> list[Cell]:
+        """Those of part i, from 1, of n parts of about the same size: `"2/8"`.
+
+        Raises:
+            ValueError: If it is not `i/n` with 1 <= i <= n.
+        """
+        index, _, count = shard.partition("/")
+        if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+            raise ValueError(f"shard must be i/n with 1 <= i <= n, for example 2/8, got {shard!r}")
+        first, last = (i * len(self.cells) // int(count) for i in (int(index) - 1, int(index)))
+        return self.cells[first:last]
 
     def dense_key(self, seed: int) -> str:
         """Name of the dense model of a seed: equal for equal benchmarks, in any comparison."""
@@ -89,18 +96,6 @@ class Grid:
         method = self.methods[cell.method]
         digest = _digest(self.dense_key(cell.seed), identity(method), float(cell.sparsity))
         return f"{type(method.criterion).__name__}-{cell.sparsity:g}-seed{cell.seed}-{digest}"
-
-
-def parse_shard(shard: str) -> tuple[int, int]:
-    """`"2/8"` -> (2, 8).
-
-    Raises:
-        ValueError: If it is not `i/n` with 1 <= i <= n.
-    """
-    index, _, count = shard.partition("/")
-    if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
-        raise ValueError(f"shard must be i/n with 1 <= i <= n, for example 2/8, got {shard!r}")
-    return int(index), int(count)
 
 
 class Store:

@@ -16,9 +16,9 @@ from rich.console import Console
 import altermoma_pl.report.figures as figures
 from altermoma_pl.callback import AlterMOMACallback
 from altermoma_pl.compare.attempts import Failure, attempt, follow
-from altermoma_pl.compare.benchmark import Benchmark, Method, Values
+from altermoma_pl.compare.benchmark import Benchmark, Method
 from altermoma_pl.compare.figures import draw_comparison
-from altermoma_pl.compare.grid import Cell, Grid, Store, parse_shard, write_whole
+from altermoma_pl.compare.grid import Cell, Grid, Store, write_whole
 from altermoma_pl.compare.summary import Summary
 from altermoma_pl.granularity import Granularity
 from altermoma_pl.mask.schedules import Cubic, Schedule
@@ -91,12 +91,20 @@ def compare(
         raise ValueError(f"reference {reference!r} is no method: the methods are {list(complete)}")
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
-    index, count = parse_shard(shard)
+    cells = grid.shard(shard)
     store = Store(Path(output_dir), Path(dense_dir) if dense_dir else None)
     console = Console(highlight=False, soft_wrap=True)
     with parallel_config(backend, **backend_options or {}) if backend else contextlib.nullcontext():
-        failures = _run(grid, store, grid.shard(index, count), jobs)
-    _check_failures(failures, store.root / f"failures-{index}-of-{count}.txt")
+        failures = _run(grid, store, cells, jobs)
+    log = store.root / f"failures-{shard.replace('/', '-of-')}.txt"
+    log.unlink(missing_ok=True)
+    if failures:
+        write_whole(log, "\n".join(f"{name}\n{failure.traceback}" for name, failure in failures.items()))
+        name, first = next(iter(failures.items()))
+        raise RuntimeError(
+            f"{len(failures)} of the runs failed, first {name}: {first.reason}. The others are kept; "
+            f"tracebacks are in {log}. Mend the cause and start again"
+        )
     left = len(store.missing(grid))
     if left:
         console.print(f"{left} of {len(grid.cells)} cells are left to other shards.")
@@ -127,17 +135,14 @@ def run_cell(grid: Grid, store: Store, cell: Cell) -> None:
     )
     started = time.perf_counter()
     values = dict(grid.benchmark.prune(cell.seed, folder, callback, num_epochs))
-    store.save(grid, cell, values | _of_callback(callback, time.perf_counter() - started))
-
-
-def _of_callback(callback: AlterMOMACallback, seconds: float) -> Values:
-    """What every comparison reports: sparsity, kept shares and cost."""
-    report = callback.report()
-    kept = {f"kept/{name}": total.kept for name, total in report.groups.items()}
-    cost = {"seconds/scoring": callback.scoring_seconds, "seconds/all": seconds}
-    event = callback.events[-1]
-    removed: Values = {key: event[key] for key in ("channels", "flops") if key in event}
-    return {"sparsity": report.sparsity, **removed, **kept, **cost}
+    seconds = time.perf_counter() - started
+    # What every comparison reports beside what its benchmark measures: sparsity, kept shares and cost.
+    report, event = callback.report(), callback.events[-1]
+    values |= {"sparsity": report.sparsity}
+    values |= {key: event[key] for key in ("channels", "flops") if key in event}
+    values |= {f"kept/{name}": total.kept for name, total in report.groups.items()}
+    values |= {"seconds/scoring": callback.scoring_seconds, "seconds/all": seconds}
+    store.save(grid, cell, values)
 
 
 def _completed(name: str, method: Method, defaults: Mapping[str, Any]) -> Method:
@@ -166,16 +171,3 @@ def _run(grid: Grid, store: Store, cells: Sequence[Cell], jobs: int) -> dict[str
     pruned = {str(cell): partial(run_cell, grid, store, cell) for cell in possible}
     attempts = attempt(pruned, jobs, grid.threads)
     return failures | follow("cells", attempts, len(cells) - len(todo), len(cells))
-
-
-def _check_failures(failures: Mapping[str, Failure], log: Path) -> None:
-    """Raise if something failed; tracebacks go to `log`."""
-    if not failures:
-        log.unlink(missing_ok=True)
-        return
-    write_whole(log, "\n".join(f"{name}\n{failure.traceback}" for name, failure in failures.items()))
-    name, first = next(iter(failures.items()))
-    raise RuntimeError(
-        f"{len(failures)} of the runs failed, first {name}: {first.reason}. The others are kept; tracebacks "
-        f"are in {log}. Mend the cause and start again"
-    )

@@ -1,26 +1,82 @@
-"""What a comparison found: tables as text, Markdown and LaTeX, csv and json."""
+"""What a comparison found: means over seeds with their uncertainty, as tables, csv and json."""
 
 from __future__ import annotations
 
 import math
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
+from scipy.stats import sem, t
 
 from altermoma_pl.compare.benchmark import Values
 from altermoma_pl.compare.grid import Cell, Grid, Store, write_whole
-from altermoma_pl.compare.statistics import Estimate, paired_difference
 from altermoma_pl.report.tables import Table, to_json
 
 SECONDS = "seconds/"
 KEPT = "kept/"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds and half the width of its 95 % interval, by Student's t.
+
+    Args:
+        mean: NaN if a value is not finite: a run that diverged has no place in a mean.
+        half_width: Infinite for one seed, NaN with the mean.
+        num_seeds: How many values there are.
+    """
+
+    mean: float
+    half_width: float
+    num_seeds: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Estimate:
+        """Estimate the mean of independent values, at least one."""
+        count = len(values)
+        if not all(map(math.isfinite, values)):
+            return cls(math.nan, math.nan, count)
+        if count == 1:
+            return cls(values[0], math.inf, count)
+        # Not `ttest_1samp`'s interval: scipy warns where all values are equal.
+        return cls(fmean(values), float(t.ppf(0.975, count - 1) * sem(values)), count)
+
+    @property
+    def low(self) -> float:
+        """Lower end of the interval."""
+        return self.mean - self.half_width
+
+    @property
+    def high(self) -> float:
+        """Upper end of the interval."""
+        return self.mean + self.half_width
+
+    def text(self, digits: int = 3) -> str:
+        """`0.567 ± 0.012`, or the mean alone where there is no interval."""
+        mean = f"{self.mean:.{digits}f}"
+        return f"{mean} ± {self.half_width:.{digits}f}" if math.isfinite(self.half_width) else mean
+
+    def interval(self, digits: int = 3) -> str:
+        """`+0.012 [+0.003, +0.021]`, for differences."""
+        if math.isnan(self.mean):
+            return "nan"
+        mean = f"{self.mean:+.{digits}f}"
+        if math.isinf(self.half_width):
+            return mean
+        return f"{mean} [{self.low:+.{digits}f}, {self.high:+.{digits}f}]"
+
+
+def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> Estimate:
+    """Mean of ours minus theirs, seed by seed: what the seeds have in common cancels."""
+    return Estimate.of([a - b for a, b in zip(ours, theirs, strict=True)])
 
 
 @dataclass(frozen=True)
@@ -67,16 +123,10 @@ class Summary:
         frame = pd.DataFrame(rows, columns=["method", "sparsity", "seed", "name", "value"])
         return frame[~frame["name"].str.startswith(SECONDS)]
 
-    @cached_property
-    def _by_seed(self) -> dict[tuple[str, float], pd.DataFrame]:
-        """(method, sparsity) -> a row for each seed, a column for each name; NaN where not measured."""
-        index = pd.MultiIndex.from_tuples([(c.method, c.sparsity, c.seed) for c in self.values])
-        runs = pd.DataFrame(list(self.values.values()), index)
-        return {key: rows.droplevel([0, 1]) for key, rows in runs.groupby(level=[0, 1])}
-
     def over_seeds(self, method: str, sparsity: float, name: str) -> list[float]:
         """The values of one quantity, one for each seed; NaN where it was not measured."""
-        return list(self._by_seed[method, sparsity].reindex(columns=[name])[name])
+        runs = (self.values[Cell(seed, sparsity, method)] for seed in self.grid.seeds)
+        return [run.get(name, math.nan) for run in runs]
 
     def estimate(self, method: str, sparsity: float, name: str) -> Estimate:
         """Mean over seeds with its interval."""
@@ -96,9 +146,9 @@ class Summary:
 
     def share_of_dense(self, method: str, sparsity: float, name: str) -> float:
         """Mean over seeds of a metric as a share of the dense model's; NaN where that is unknown or 0."""
-        pruned = pd.Series(self.over_seeds(method, sparsity, name))
-        dense = pd.Series([self.dense[seed].get(name, math.nan) for seed in self.grid.seeds])
-        return float((pruned / dense.replace(0, math.nan)).mean(skipna=False))
+        pairs = zip(self.over_seeds(method, sparsity, name), self.grid.seeds, strict=True)
+        shares = [value / dense if (dense := self.dense[s].get(name)) else math.nan for value, s in pairs]
+        return sum(shares) / len(shares)
 
     @cached_property
     def other_names(self) -> list[str]:
@@ -119,9 +169,11 @@ class Summary:
 
     def cost_table(self) -> Table:
         """Seconds of a run, mean over sparsities and seeds."""
-        names = ["scoring", "all"]
-        costs = {m: pd.concat([self._by_seed[m, s] for s in self.grid.sparsities]) for m in self.grid.methods}
-        rows = [(m, *(f"{runs[SECONDS + name].mean():.2f}" for name in names)) for m, runs in costs.items()]
+        names, sparsities = ("scoring", "all"), self.grid.sparsities
+        rows = []
+        for method in self.grid.methods:
+            times = ([v for s in sparsities for v in self.over_seeds(method, s, SECONDS + n)] for n in names)
+            rows.append((method, *(f"{fmean(values):.2f}" for values in times)))
         return Table("Seconds of one run", ("method", *names), tuple(rows))
 
     def print(self) -> None:

@@ -8,7 +8,7 @@ import warnings
 import pytest
 
 from altermoma_pl.compare import attempts as module
-from altermoma_pl.compare.attempts import Failure, attempt, follow, time_left
+from altermoma_pl.compare.attempts import Failure, attempt, follow
 
 
 class Clock:
@@ -29,9 +29,11 @@ def told(monkeypatch, step, num=10, failing=()):
     return stream.getvalue().splitlines(), failures
 
 
-def test_time_left():
-    assert time_left(30, 2, 6) == "0:01:00 left"
-    assert time_left(3600, 1, 25) == "1 day, 0:00:00 left"
+def test_time_left(monkeypatch):
+    lines, _ = told(monkeypatch, step=15, num=6)
+    assert lines[1] == "cells: 7 of 11 are done, 0:01:00 left"
+    lines, _ = told(monkeypatch, step=3600, num=25)
+    assert lines[1] == "cells: 6 of 30 are done, 1 day, 0:00:00 left"
 
 
 def test_a_log_has_a_line_for_each_slow_task(monkeypatch):

@@ -113,6 +113,15 @@ def test_failed_cells_give_one_line_each_and_no_usage(folder, capsys):
     assert line.endswith("tracebacks are in out/failures-1-of-1.txt. Mend the cause and start again")
 
 
+def test_a_cluster_that_cannot_be_reached_gives_one_line(monkeypatch, capsys):
+    def unreachable(*arguments):
+        raise OSError("Timed out trying to connect to tcp://cluster:8786 after 30 s")
+
+    monkeypatch.setattr(runner_module, "_run", unreachable)
+    text = failure(capsys, code=1)
+    assert text == "altermoma compare: error: Timed out trying to connect to tcp://cluster:8786 after 30 s\n"
+
+
 def test_an_unknown_option_names_itself(capsys):
     assert "sedes" in failure(capsys, "--sedes=3", code=2)
 

@@ -10,7 +10,7 @@ import torch
 from altermoma_pl import AlterEva, Criterion, Cubic, Magnitude, OneShot, Random
 from altermoma_pl.compare import Method
 from altermoma_pl.compare.benchmark import identity
-from altermoma_pl.compare.grid import Cell, Grid, Store, parse_shard, write_whole
+from altermoma_pl.compare.grid import Cell, Grid, Store, write_whole
 from tests.helpers.toy import Toy
 
 FULL = Method(AlterEva(), Cubic(), 8, "global", 0.01)
@@ -35,13 +35,13 @@ def test_cells_come_seed_by_seed():
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 12, 20])
 def test_shards_share_out_the_cells_evenly(count):
-    shards = [GRID.shard(index, count) for index in range(1, count + 1)]
+    shards = [GRID.shard(f"{index}/{count}") for index in range(1, count + 1)]
     assert [cell for shard in shards for cell in shard] == GRID.cells
     assert max(map(len, shards)) - min(map(len, shards)) <= 1
 
 
 def test_as_many_shards_as_seeds_have_a_dense_model_each():
-    assert [{cell.seed for cell in GRID.shard(index, 3)} for index in (1, 2, 3)] == [{0}, {1}, {2}]
+    assert [{cell.seed for cell in GRID.shard(f"{index}/3")} for index in (1, 2, 3)] == [{0}, {1}, {2}]
 
 
 @pytest.mark.parametrize(
@@ -121,15 +121,15 @@ def test_the_rest_of_the_comparison_and_names_change_no_key():
     assert GRID.cell_key(CELL).startswith("AlterEva-0.5-seed0-")
 
 
-@pytest.mark.parametrize(("shard", "expected"), [("1/1", (1, 1)), ("2/8", (2, 8)), ("8/8", (8, 8))])
-def test_shard(shard, expected):
-    assert parse_shard(shard) == expected
+@pytest.mark.parametrize(("shard", "first", "last"), [("1/1", 0, 12), ("2/8", 1, 3), ("8/8", 10, 12)])
+def test_shard(shard, first, last):
+    assert GRID.shard(shard) == GRID.cells[first:last]
 
 
 @pytest.mark.parametrize("shard", ["0/2", "3/2", "1", "1/", "/2", "a/2", "1/2/3", "-1/2", "1.0/2", ""])
 def test_bad_shards_are_refused(shard):
     with pytest.raises(ValueError, match=r"^shard must be i/n with 1 <= i <= n, for example 2/8, got "):
-        parse_shard(shard)
+        GRID.shard(shard)
 
 
 def test_values_come_back_as_plain_floats(tmp_path):

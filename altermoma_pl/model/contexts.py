@@ -158,15 +158,10 @@ def _refill_dict(value: dict[Any, Any], items: dict[Any, Any]) -> None:
 def _refill_tensor(tensor: Tensor, storage: Tensor, content: Tensor) -> None:
     if local(tensor).data_ptr() != storage.data_ptr():
         tensor.data = like(storage, tensor)
-    if not _same_bits(storage, content):
+    # By the bits, of which NaN has the same as itself, and -0 others than 0.
+    now, then = (bits_of(torch.view_as_real(x) if x.is_complex() else x) for x in (storage, content))
+    if not torch.equal(now, then):
         storage.copy_(content)
-
-
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    """Unlike `torch.equal`, NaN is the same as itself and -0 is not the same as 0."""
-    if one.is_complex():
-        one, other = torch.view_as_real(one), torch.view_as_real(other)
-    return torch.equal(bits_of(one), bits_of(other))
 
 
 def _undo_draws() -> Iterator[Callable[[], object]]:

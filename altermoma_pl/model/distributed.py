@@ -143,14 +143,8 @@ def check_same(digest: bytes, what: str) -> None:
 def together(expected: type[Exception]) -> Iterator[None]:
     """An error inside, in one process, ends all of them: none waits for a process that has failed.
 
-    Inside, processes must not wait for each other.
-
-    Args:
-        expected: The kind of error that callers know how to deal with.
-
-    Raises:
-        expected: If another process has failed with such an error.
-        RuntimeError: If another process has failed otherwise; its own error says why.
+    The others raise `expected` too if it was such an error, which callers know how to deal with; otherwise a
+    `RuntimeError`. Inside, processes must not wait for each other.
     """
     try:
         yield

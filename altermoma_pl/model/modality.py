@@ -39,20 +39,26 @@ class Modalities(Mapping[str, tuple[str, ...]]):
     def __init__(self, patterns: Mapping[str, str | Sequence[str]]) -> None:
         if not isinstance(patterns, Mapping):
             raise TypeError(f"modalities must map names to patterns, got {patterns!r}")
-        self._patterns = {name: _as_patterns(name, value) for name, value in patterns.items()}
-        if len(self._patterns) < 2:
-            raise ValueError(
-                f"at least two modalities are needed to find what one makes redundant in another, "
-                f"got {list(self._patterns)}"
-            )
-        for name, own in self._patterns.items():
+        self._patterns: dict[str, tuple[str, ...]] = {}
+        for name, value in patterns.items():
             if not isinstance(name, str) or not name or name == SHARED:
                 raise ValueError(
                     f"modality name {name!r} is not allowed: give a non-empty name other than "
                     f"{SHARED!r}, which is what belongs to no modality"
                 )
+            if not isinstance(value, Sequence):
+                raise TypeError(f"modality {name!r} needs one pattern or a list of them, got {value!r}")
+            own = self._patterns[name] = (value,) if isinstance(value, str) else tuple(value)
+            for pattern in own:
+                if not isinstance(pattern, str) or not pattern.lstrip("!"):
+                    raise TypeError(f"modality {name!r}: {pattern!r} is not a pattern over module paths")
             if all(pattern.startswith("!") for pattern in own):
                 raise ValueError(f"modality {name!r} needs at least one pattern without '!', got {list(own)}")
+        if len(self._patterns) < 2:
+            raise ValueError(
+                f"at least two modalities are needed to find what one makes redundant in another, "
+                f"got {list(self._patterns)}"
+            )
 
     def __getitem__(self, name: str) -> tuple[str, ...]:
         return self._patterns[name]
@@ -81,9 +87,8 @@ class Modalities(Mapping[str, tuple[str, ...]]):
                 parameter is not initialised yet.
         """
         aliases = _parameter_aliases(model)
-        for name, patterns in self._patterns.items():
-            for pattern in patterns:
-                _check_matches(name, pattern, aliases, model)
+        for name, own in self._patterns.items():
+            _check_matches(name, own, aliases, model)
         groups: dict[str, tuple[str, ...]] = dict.fromkeys((*self._patterns, SHARED), ())
         for parameter, names in aliases.items():
             owners = [m for m, own in self._patterns.items() if selects(own, *names)]
@@ -117,8 +122,7 @@ def prunable(model: nn.Module, patterns: Sequence[str] = ()) -> tuple[str, ...]:
         ValueError: If a pattern matches nothing, or nothing is left.
     """
     aliases = _parameter_aliases(model)
-    for pattern in patterns:
-        _check_matches("prunable", pattern, aliases, model)
+    _check_matches("prunable", patterns, aliases, model)
     parameters = dict(model.named_parameters())
     default = set(_projection_weights(model))
     names = tuple(
@@ -153,8 +157,13 @@ def group_of(groups: Mapping[str, Iterable[str]]) -> dict[str, str]:
 
 def selects(patterns: Sequence[str], *names: str, default: bool = False) -> bool:
     """Whether a pattern takes the parameter by one of its names, or the default, and no `!` takes it away."""
-    taken = default or any(_matches(p, name) for p in patterns if not p.startswith("!") for name in names)
-    return taken and not any(_matches(p[1:], n) for p in patterns if p.startswith("!") for n in names)
+    paths = [path for name in names for path in _paths(name)]
+
+    def found(globs: Iterable[str]) -> bool:
+        return any(fnmatchcase(path, glob) for glob in globs for path in paths)
+
+    taken = default or found(pattern for pattern in patterns if not pattern.startswith("!"))
+    return taken and not found(pattern[1:] for pattern in patterns if pattern.startswith("!"))
 
 
 def is_constant(leaf: str, parameter: nn.Parameter) -> bool:
@@ -166,16 +175,6 @@ def is_constant(leaf: str, parameter: nn.Parameter) -> bool:
     if not (parameter.is_floating_point() or parameter.is_complex()):
         return True
     return not parameter.requires_grad and "weight" not in leaf and "bias" not in leaf
-
-
-def _as_patterns(name: str, value: str | Sequence[str]) -> tuple[str, ...]:
-    if not isinstance(value, Sequence):
-        raise TypeError(f"modality {name!r} needs one pattern or a list of them, got {value!r}")
-    patterns = (value,) if isinstance(value, str) else tuple(value)
-    for pattern in patterns:
-        if not isinstance(pattern, str) or not pattern.lstrip("!"):
-            raise TypeError(f"modality {name!r}: {pattern!r} is not a pattern over module paths")
-    return patterns
 
 
 def _parameter_aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -191,29 +190,25 @@ def _parameter_aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return {names[0]: tuple(names) for names in aliases.values()}
 
 
-def _matches(pattern: str, name: str) -> bool:
-    """Whether the glob takes the parameter `name`, or a module above it."""
-    return any(fnmatchcase(path, pattern) for path in _paths(name))
-
-
 def _paths(name: str) -> list[str]:
     """The modules above a parameter, outermost first, and itself; without those of `torch.compile`."""
     return list(accumulate(name.replace("_orig_mod.", "").split("."), "{}.{}".format))
 
 
-def _check_matches(owner: str, pattern: str, aliases: Mapping[str, Iterable[str]], model: nn.Module) -> None:
-    glob = pattern.removeprefix("!")
+def _check_matches(
+    owner: str, patterns: Iterable[str], aliases: Mapping[str, Iterable[str]], model: nn.Module
+) -> None:
     learned = [_paths(name) for names in aliases.values() for name in names]
-    if any(fnmatchcase(path, glob) for paths in learned for path in paths):
-        return
-    # Only what would match: a module may hold nothing that is learned.
-    modules = dict.fromkeys(path for paths in learned for path in paths[:-1])
-    paths = list(modules) or [path for (path,) in learned]
-    close = difflib.get_close_matches(glob, paths, n=3, cutoff=0.4) or paths[:3]
-    raise ValueError(
-        f"{owner}: pattern {pattern!r} matches no parameter of {type(model).__name__}; "
-        f"did you mean {' or '.join(map(repr, close))}?"
-    )
+    # Only what would match is proposed: a module may hold nothing that is learned.
+    proposals = list(dict.fromkeys(path for paths in learned for path in paths[:-1] or paths))
+    for pattern in patterns:
+        glob = pattern.removeprefix("!")
+        if not any(fnmatchcase(path, glob) for paths in learned for path in paths):
+            close = difflib.get_close_matches(glob, proposals, n=3, cutoff=0.4) or proposals[:3]
+            raise ValueError(
+                f"{owner}: pattern {pattern!r} matches no parameter of {type(model).__name__}; "
+                f"did you mean {' or '.join(map(repr, close))}?"
+            )
 
 
 def _projection_weights(model: nn.Module) -> Iterator[str]:

@@ -11,19 +11,13 @@ _KINDS = {int: "a whole number", float: "a number", bool: "true or false", NoneT
 
 
 def check_options(options: object, **least: float) -> None:
-    """Raise a `ValueError` if a field of a dataclass is not of its type, not finite, or out of range.
-
-    Args:
-        options: A dataclass.
-        **least: Field -> its least value.
-    """
+    """Raise a `ValueError` if a field of a dataclass is not of its type, not finite or below its least."""
+    owner = type(options).__name__
     for name, hint in get_type_hints(type(options)).items():
         value = getattr(options, name)
-        check_type(f"{type(options).__name__}: {name}", value, hint)
+        check_type(f"{owner}: {name}", value, hint)
         if name in least and value < least[name]:
-            raise ValueError(
-                f"{type(options).__name__}: {name} must be at least {least[name]:g}, got {value}"
-            )
+            raise ValueError(f"{owner}: {name} must be at least {least[name]:g}, got {value}")
 
 
 def check_type(name: str, value: Any, hint: Any) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -99,7 +100,7 @@ class Masks(Mapping[str, Tensor]):
         digest = hashlib.sha256(repr(self.counts).encode())
         if not self.sharded:
             for mask in self._masks.values():
-                digest.update(_pack(mask).cpu().numpy().tobytes())
+                digest.update(_pack(mask).numpy().tobytes())
         return digest.digest()
 
     def check_fits(self, model: nn.Module) -> None:
@@ -109,10 +110,8 @@ class Masks(Mapping[str, Tensor]):
             if name not in parameters:
                 raise ValueError(f"masked parameter {name!r} does not exist in {type(model).__name__}")
             if parameters[name].shape != mask.shape:
-                raise ValueError(
-                    f"mask of {name!r} has shape {tuple(mask.shape)}, "
-                    f"the parameter has {tuple(parameters[name].shape)}"
-                )
+                found, shape = tuple(mask.shape), tuple(parameters[name].shape)
+                raise ValueError(f"mask of {name!r} has shape {found}, the parameter has {shape}")
 
     @torch.no_grad()
     def apply_(self, model: nn.Module) -> None:
@@ -133,17 +132,13 @@ class Masks(Mapping[str, Tensor]):
         """
         return {
             # Gathered as numbers: processes do not exchange booleans.
-            name: {"shape": list(mask.shape), "bits": _pack(full(mask.to(torch.uint8)).cpu())}
+            name: {"shape": list(mask.shape), "bits": _pack(full(mask.to(torch.uint8)))}
             for name, mask in self.items()
         }
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Masks:
-        """Rebuild masks from `state_dict()`, on the CPU.
-
-        Raises:
-            ValueError: If it is anything else.
-        """
+        """Rebuild masks from `state_dict()`, on the CPU; raises a `ValueError` if it is anything else."""
         name = None
         try:
             masks = {}
@@ -182,18 +177,16 @@ def keep_only_(tensor: Tensor, mask: Tensor) -> None:
 
 
 def _pack(mask: Tensor) -> Tensor:
-    """Eight booleans to a byte, the first in the lowest bit."""
-    flat = mask.flatten().to(torch.uint8)
-    padded = torch.cat([flat, flat.new_zeros(-flat.numel() % 8)]).view(-1, 8)
-    return (padded << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
+    """Eight booleans to a byte, the first in the lowest bit, on the CPU."""
+    return torch.from_numpy(np.packbits(mask.flatten().cpu().numpy(), bitorder="little"))
 
 
 def _unpack(bits: Tensor, shape: torch.Size) -> Tensor:
     num_bytes = -(-shape.numel() // 8)
     if bits.dtype != torch.uint8 or bits.shape != (num_bytes,):
         raise ValueError(f"{list(bits.shape)} of {bits.dtype} are not the {num_bytes} bytes of {list(shape)}")
-    flags = (bits[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
-    return flags.flatten()[: shape.numel()].view(shape).bool()
+    flags = np.unpackbits(bits.cpu().numpy(), count=shape.numel(), bitorder="little")
+    return torch.from_numpy(flags).view(shape).bool()
 
 
 # So that `torch.load(path, weights_only=True)` reads what `torch.save(masks, path)` wrote.

@@ -49,21 +49,21 @@ class _Planned(Schedule):
     def _events(self) -> Sequence[int]:
         """Epochs of the events, in order."""
 
-    @abstractmethod
     def _curve(self, progress: float, target: float) -> float:
-        """Sparsity at the given share of the events, in (0, 1); the first event already prunes."""
+        """Sparsity at the given share of the events, in (0, 1); the first event already prunes.
+
+        Here each event removes the same share of what remains.
+        """
+        return float(1 - (1 - target) ** progress)
 
     @property
     def last_epoch(self) -> int:
-        """Epoch of the last event."""
         return self._events[-1]
 
     def is_due(self, epoch: int) -> bool:
-        """Whether there is an event at `epoch`."""
         return epoch in self._events
 
     def sparsity_at(self, epoch: int, target: float) -> float:
-        """The sparsity of the latest event."""
         past, number = bisect(self._events, epoch), len(self._events)
         if past == number:
             return target  # not by the curve, which would round
@@ -86,9 +86,6 @@ class OneShot(_Planned):
     @property
     def _events(self) -> Sequence[int]:
         return (self.epoch,)
-
-    def _curve(self, progress: float, target: float) -> float:
-        return target
 
 
 @dataclass(frozen=True)
@@ -149,9 +146,6 @@ class Exponential(_Gradual):
         every: Number of epochs from one event to the next.
     """
 
-    def _curve(self, progress: float, target: float) -> float:
-        return float(1 - (1 - target) ** progress)
-
 
 @dataclass(frozen=True)
 class Rewinding(_Planned):
@@ -194,6 +188,3 @@ class Rewinding(_Planned):
     def _events(self) -> Sequence[int]:
         first, step = self.rewind_epoch, self.epochs_per_round
         return range(first, first + self.rounds * step, step)
-
-    def _curve(self, progress: float, target: float) -> float:
-        return float(1 - (1 - target) ** progress)

@@ -12,9 +12,8 @@ from torch.optim import Optimizer
 from altermoma_pl.enforce.enforcement import Enforcement
 from altermoma_pl.granularity import Granularity, Ranking, Sparsity, input_dims, parse_granularity
 from altermoma_pl.granularity.channels.calibration import ChannelCalibration
-from altermoma_pl.mask.computed import Computed
 from altermoma_pl.mask.masks import Masks
-from altermoma_pl.mask.top_k import Scope
+from altermoma_pl.mask.top_k import Computed, Scope
 from altermoma_pl.model.contexts import generators_restored, seed_generators
 from altermoma_pl.model.distributed import of_first
 from altermoma_pl.score import AlterEva, Calibration, Criterion, LossFunction

@@ -25,10 +25,9 @@ from altermoma_pl.callback.scoring import (
 )
 from altermoma_pl.callback.state import PruningState
 from altermoma_pl.granularity import Granularity, Ranking, Sparsity, input_dims, parse_granularity
-from altermoma_pl.mask.computed import Computed
 from altermoma_pl.mask.masks import Masks
 from altermoma_pl.mask.schedules import Cubic, Schedule
-from altermoma_pl.mask.top_k import Scope
+from altermoma_pl.mask.top_k import Computed, Scope
 from altermoma_pl.model.modality import Modalities
 from altermoma_pl.report.sparsity import SparsityReport
 from altermoma_pl.score import AlterEva, Components, Criterion

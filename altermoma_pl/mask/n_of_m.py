@@ -8,14 +8,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from altermoma_pl.mask.masks import Masks
-from altermoma_pl.mask.selection import Selection
+from altermoma_pl.mask.selection import Selection, Tensors
 from altermoma_pl.mask.top_k import check_enough, check_scores, check_sparsity
 
 _TOLERANCE = 1e-9  # a schedule reaches its last target but for rounding
 
 
 def keep_n_of_m(
-    scores: Mapping[str, Tensor],
+    scores: Tensors,
     n: int,
     m: int,
     sparsity: float | None = None,
@@ -49,7 +49,7 @@ def keep_n_of_m(
             weights in a block.
     """
     check_scores(scores, within)
-    dims = _checked_dims(scores, within or {}, n, m, input_dims or {})
+    dims = _checked_dims(scores, n, m, input_dims)
     final = 1 - n / m
     target = final if sparsity is None else sparsity
     check_sparsity(target)
@@ -69,60 +69,44 @@ def keep_n_of_m(
     # The best of all blocks, and of all other weights those with the highest scores.
     total = sum(score.numel() for score in scores.values())
     count = total - round(target * total)
-    selection = Selection(scores, within)
-    check_enough("the model", target, count, sum(selection.num_alive.values()), total)
-    selection.keep_(best)
-    selection.keep_best_(list(scores), max(0, count - sum(selection.count_kept(list(scores)).values())))
-    return Masks(selection.kept)
+    check_enough("the model", target, count, total if within is None else within.num_kept, total)
+    others = {name: ~mask for name, mask in best.items()}
+    if within is not None:
+        others = {name: other & within[name].to(other.device) for name, other in others.items()}
+    selection = Selection(scores, others)
+    selection.keep_best_(list(scores), max(0, count - total // m * n))
+    return Masks({name: best[name] | mask for name, mask in selection.kept.items()})
 
 
-def check_blocks_left(
-    within: Mapping[str, Tensor], n: int, m: int, input_dims: Mapping[str, int] | None = None
-) -> None:
+def check_blocks_left(within: Tensors, n: int, m: int, input_dims: Mapping[str, int] | None = None) -> None:
     """Raise a `ValueError` if masks leave fewer than `n` weights in a block, or there are no such blocks."""
-    for name, dim in _checked_dims(within, {}, n, m, input_dims or {}).items():
-        fewest = int(_blocks(within[name], m, dim).sum(1).min())
-        if fewest < n:
+    for name, dim in _checked_dims(within, n, m, input_dims).items():
+        left = _blocks(within[name], m, dim).sum(1)
+        if (left < n).any():
             raise ValueError(
-                f"masks of before leave {fewest} of {m} weights in a block of {name!r}, {n}:{m} keeps "
+                f"masks of before leave {left.min()} of {m} weights in a block of {name!r}, {n}:{m} keeps "
                 f"{n}: start from a dense checkpoint or one of the same N:M"
             )
 
 
 def at_most(mask: Tensor, n: int, m: int, input_dim: int = 1) -> bool:
-    """Whether no block keeps more than `n` weights of `m`: all that hardware asks for.
-
-    Args:
-        mask: Booleans, with two dimensions or more.
-        n: How many may stay.
-        m: Length of a block.
-        input_dim: Along which blocks lie. If `m` does not divide it, there are none: False.
-    """
-    if mask.shape[input_dim] % m:
-        return False
-    return bool((_blocks(mask, m, input_dim).sum(1) <= n).all())
+    """Whether there are blocks and none keeps more than `n` weights of `m`: all that hardware asks for."""
+    return mask.shape[input_dim] % m == 0 and bool((_blocks(mask, m, input_dim).sum(1) <= n).all())
 
 
-def _checked_dims(
-    scores: Mapping[str, Tensor],
-    within: Mapping[str, Tensor],
-    n: int,
-    m: int,
-    given: Mapping[str, int],
-) -> dict[str, int]:
+def _checked_dims(weights: Tensors, n: int, m: int, input_dims: Mapping[str, int] | None) -> dict[str, int]:
     """Parameter name -> input dimension, of whole tensors that are divisible into blocks."""
-    unknown = sorted(given.keys() - scores.keys())
+    unknown = sorted((input_dims or {}).keys() - weights.keys())
     if unknown:
-        raise ValueError(f"input_dims names {unknown}, but there are only {list(scores)}")
-    for name, tensor in (*scores.items(), *within.items()):
+        raise ValueError(f"input_dims names {unknown}, but there are only {list(weights)}")
+    dims = dict.fromkeys(weights, 1) | dict(input_dims or {})
+    for name, dim in dims.items():
+        tensor, shape = weights[name], tuple(weights[name].shape)
         if isinstance(tensor, DTensor):
             raise ValueError(
                 f"{name!r} is sharded over processes, and {n}:{m} sparsity needs whole tensors: "
                 f"use one device or DDP"
             )
-    dims = {name: given.get(name, 1) for name in scores}
-    for name, dim in dims.items():
-        shape = tuple(scores[name].shape)
         without = f"exclude it with prunable: ['!{name}']"
         if len(shape) < 2:
             raise ValueError(f"{name!r} of shape {shape} has no input dimension for {n}:{m}: {without}")

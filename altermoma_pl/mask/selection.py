@@ -1,24 +1,21 @@
-"""The best of very many weights: exact, without a copy or a gathered tensor, on one or several processes."""
+"""The best of very many weights: exact, without a copy or a gathered tensor, on one or several processes.
+
+This is radix selection, in chunks: values are mapped to whole numbers in the same order, of which histograms
+are made, sixteen bits at a time from the top (Alabi et al., "Fast k-selection algorithms for graphics
+processing units", 2012): two reads for float32, four for float64.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from altermoma_pl.mask.radix import (
-    Order,
-    blocks,
-    common_dtype,
-    count_equal,
-    kth_largest,
-    only,
-    ordered,
-    pieces,
-)
+from altermoma_pl.model.contexts import bits_of
 from altermoma_pl.model.distributed import (
     check_division,
     gathered,
@@ -27,15 +24,23 @@ from altermoma_pl.model.distributed import (
     local,
     rank,
     sharded_like,
+    sum_,
     sums,
 )
+
+Tensors = Mapping[str, Tensor]
+"""By parameter name."""
+
+CHUNK = 2**17  # small: chunks stay in the cache between operations, and allocators reuse their memory
+_BINS = 2**16
 
 
 class Selection:
     """Weights that compete by score, then by tie breaker, then by position, of which the earlier wins.
 
     Positions are ordered by tensor, then row-major; the rows of a process come before those of the next.
-    If scores are sharded, all processes must call the same methods.
+    If scores are sharded, all processes must call the same methods. What keeps the best raises a `ValueError`
+    if a score that competes is not finite.
 
     Args:
         scores: Parameter name -> score of each weight; all are sharded or none.
@@ -47,12 +52,7 @@ class Selection:
         ValueError: If only some scores are sharded.
     """
 
-    def __init__(
-        self,
-        scores: Mapping[str, Tensor],
-        within: Mapping[str, Tensor] | None = None,
-        ties: Mapping[str, Tensor] | None = None,
-    ) -> None:
+    def __init__(self, scores: Tensors, within: Tensors | None = None, ties: Tensors | None = None) -> None:
         self._scores, self._within, self._ties = scores, within, ties
         check_division(scores.values())
         self._sharded = is_sharded(scores.values())
@@ -66,34 +66,19 @@ class Selection:
             name: torch.zeros(local(score).shape, dtype=torch.bool, device=score.device)
             for name, score in scores.items()
         }
-        self._begun: set[str] = set()  # of which something is kept: only then must reading pass over it
-        self.num_alive = {name: score.numel() for name, score in scores.items()}
-        """Parameter name -> number of weights that compete, of all processes."""
-        if within is not None:
-            self.num_alive = self._of_all(
-                {name: int(_own_rows(within[name], score).count_nonzero()) for name, score in scores.items()}
-            )
 
     @property
     def kept(self) -> dict[str, Tensor]:
         """Parameter name -> boolean tensor of the score's shape, and sharded like it: what is kept."""
         return {name: like(self._kept[name], score) for name, score in self._scores.items()}
 
-    def keep_(self, masks: Mapping[str, Tensor]) -> None:
-        """Keep what these masks do, by parameter name, which are of competing weights and not sharded."""
-        for name, mask in masks.items():
-            self._kept[name] |= mask
-        self._begun.update(masks)
-
     @torch.no_grad()
     def keep_best_(self, names: list[str], count: int) -> None:
-        """Keep, of these parameters together, the `count` best weights beyond those that are kept already.
-
-        Raises:
-            ValueError: If the score of a weight that competes is not finite.
-        """
+        """Keep, of these parameters together, the `count` best weights and no others."""
+        for name in names:
+            self._kept[name].zero_()
         order = self._by_score(names)
-        key, left, equal = kth_largest(order, count, lambda: self.check_finite(names))
+        key, left, equal = kth_largest(order, count, lambda: self._check_finite(names))
         if left < equal and self._ties is not None:
             # Second scores are read here only: they may be computed, and most often nothing is tied.
             self._keep_(order, key + 1)
@@ -107,23 +92,17 @@ class Selection:
         """Parameter name -> number of weights that are kept, of all processes."""
         return self._of_all({name: int(self._kept[name].count_nonzero()) for name in names})
 
-    def forget_(self, names: list[str]) -> None:
-        """Keep nothing of these parameters."""
-        for name in names:
-            self._kept[name].zero_()
-        self._begun.difference_update(names)
-
     @torch.no_grad()
     def keep_best_in_rows_(self, name: str, count: int) -> None:
-        """Keep the `count` best weights in each row of a parameter of two or more dimensions.
-
-        Raises:
-            ValueError: If the score of a weight that competes is not finite.
-        """
-        self.check_finite([name])
+        """Keep the `count` best weights in each row of a parameter of two or more dimensions."""
+        self._check_finite([name])
         dtype, ties = common_dtype([self._scores[name].dtype]), None
-        for rows, (kept, score, *alive) in blocks(self._kept[name], *self._competing(name)):
-            keys = only(ordered(score, dtype), alive)
+        tensors = [self._kept[name], *self._competing(name)]
+        size = max(1, CHUNK // max(1, tensors[0].shape[1:].numel()))
+        for start in range(0, len(tensors[0]), size):
+            rows = slice(start, start + size)
+            kept, score, *alive = (tensor[rows].flatten(1) for tensor in tensors)
+            keys = only(ordered(score, dtype), *alive)
             ranked, order = keys.sort(dim=1, descending=True, stable=True)
             inside, outside = ranked[:, max(count - 1, 0) : count], ranked[:, count : count + 1]
             if self._ties is not None and bool((inside == outside).any()):
@@ -134,16 +113,7 @@ class Selection:
                 order = order.gather(1, keys.gather(1, order).argsort(dim=1, descending=True, stable=True))
             kept.scatter_(1, order[:, :count], True)
 
-    def fewest_in_a_row(self, name: str) -> int:
-        """The smallest number of weights that compete in a row, of all processes."""
-        score = self._scores[name]
-        fewest = score.shape[1:].numel()
-        if self._within is not None:
-            for _, (alive,) in blocks(_own_rows(self._within[name], score)):
-                fewest = min(fewest, int(alive.sum(1).min()))
-        return min(gathered(fewest)) if self._sharded else fewest
-
-    def check_finite(self, names: Sequence[str]) -> None:
+    def _check_finite(self, names: list[str]) -> None:
         """Raise a `ValueError` with the name of the first parameter whose competing scores are not finite."""
         bad = dict.fromkeys(names, 0)
         for name in names:
@@ -179,46 +149,41 @@ class Selection:
         def read() -> Iterator[tuple[str, Tensor, Tensor]]:
             for name in names:
                 for kept, score, *alive in pieces(self._kept[name], *self._competing(name)):
-                    yield name, kept, self._keys(name, dtype, kept, score, alive)
+                    yield name, kept, only(ordered(score, dtype), *alive)
 
         return Order(read, names, dtype, self._scores[names[0]].device, self._sharded)
 
     def _by_tie(self, order: Order, threshold: int) -> Order:
         """Among the weights whose key in `order` is the threshold."""
-        dtype = common_dtype([self._tie(name).dtype for name in order.names])
-        equal = count_equal(order, threshold)
+        equal = self._of_all(count_equal(order, threshold))
+        names = [name for name in order.names if equal[name]]  # no other's second scores are needed
+        dtype = common_dtype([self._tie(name).dtype for name in names])
 
         def read() -> Iterator[tuple[str, Tensor, Tensor]]:
-            for name in filter(equal.get, order.names):
+            for name in names:
                 competing = self._competing(name)
                 for kept, tie, score, *alive in pieces(self._kept[name], self._tie(name), *competing):
-                    first = self._keys(name, order.dtype, kept, score, alive)
-                    yield name, kept, only(ordered(tie, dtype), [first == threshold])
+                    first = only(ordered(score, order.dtype), *alive)
+                    yield name, kept, only(ordered(tie, dtype), first == threshold)
 
-        return replace(order, read=read, dtype=dtype)
-
-    def _keys(
-        self, name: str, dtype: torch.dtype, kept: Tensor, score: Tensor, alive: list[Tensor]
-    ) -> Tensor:
-        return only(ordered(score, dtype), [*alive, ~kept] if name in self._begun else alive)
+        return replace(order, read=read, names=names, dtype=dtype)
 
     def _keep_(self, order: Order, least: int) -> None:
         """Keep what has at least this key."""
         for _, kept, keys in order.read():
             kept |= keys >= least
-        self._begun.update(order.names)
 
     def _keep_first_(self, order: Order, key: int, count: int) -> None:
         """Keep the first `count` weights with this key."""
-        own = list(count_equal(order, key).values())
-        equal = gathered(own) if self._sharded else [own]
-        process, left = rank() if self._sharded else 0, {}
+        own = count_equal(order, key)
+        each = gathered(own) if self._sharded else [own]
+        before = each[: rank()] if self._sharded else []
         # Positions run through a tensor's rows on all processes before the next tensor's, so what a process
         # may keep of a tensor is what those before it leave of the count.
-        for i, name in enumerate(order.names):
-            each = [counts[i] for counts in equal]
-            left[name] = min(max(count - sum(each[:process]), 0), own[i])
-            count = max(count - sum(each), 0)
+        left = {}
+        for name in order.names:
+            left[name] = min(max(count - sum(counts[name] for counts in before), 0), own[name])
+            count = max(count - sum(counts[name] for counts in each), 0)
         for name, kept, keys in order.read():
             first = keys == key
             found = int(first.count_nonzero())
@@ -231,3 +196,121 @@ class Selection:
 def _own_rows(tensor: Tensor, score: Tensor) -> Tensor:
     """What this process holds of a tensor, placed like the score."""
     return local(sharded_like(tensor, score)).detach()
+
+
+@dataclass(frozen=True)
+class Order:
+    """One key by which weights compete.
+
+    Args:
+        read: Parameter name, place in the mask and keys of chunk after chunk, anew with every call. The
+            lowest key stands where a weight does not compete.
+        names: Of the parameters.
+        dtype: Of the values behind the keys, see `common_dtype`.
+        device: Where histograms are added up.
+        sharded: Whether each process reads some rows only.
+    """
+
+    read: Callable[[], Iterator[tuple[str, Tensor, Tensor]]]
+    names: list[str]
+    dtype: torch.dtype
+    device: torch.device
+    sharded: bool
+
+
+def kth_largest(order: Order, count: int, check: Callable[[], None] | None = None) -> tuple[int, int, int]:
+    """The `count`-th largest key, how many weights with this key are needed, and how many there are.
+
+    Args:
+        order: What competes; at least `count` weights.
+        count: From 0; the 0-th largest is above all keys.
+        check: Called if what competes includes infinity or not-a-number.
+    """
+    key, digit = 0, 0
+    top = _bits(order.dtype) - 16
+    for shift in range(top, -1, -16):
+        counts = _histogram(order, shift, None if shift == top else key)
+        if shift == top and check is not None and order.dtype.is_floating_point:
+            # Infinity and not-a-number have the first and the last digits, of which 0 does not compete.
+            infinity = torch.tensor([-torch.inf, torch.inf], dtype=order.dtype)
+            low, high = ((ordered(infinity, order.dtype) >> top) + _BINS // 2).tolist()
+            if counts[1 : low + 1].any() or counts[high:].any():
+                check()
+        from_above = counts.flip(0).cumsum(0)
+        place = int(torch.searchsorted(from_above, count))
+        count -= int(from_above[place - 1]) if place else 0
+        digit = _BINS - 1 - place
+        key = digit - _BINS // 2 if shift == top else key * _BINS + digit
+    return key, count, int(counts[digit])
+
+
+def _histogram(order: Order, shift: int, prefix: int | None) -> Tensor:
+    """How often each value of sixteen bits occurs in the keys that begin with `prefix`."""
+    total = torch.zeros(_BINS, dtype=torch.int64, device=order.device)
+    for _, _, keys in order.read():
+        if prefix is None:
+            digits = (keys >> shift).add_(_BINS // 2)
+        else:
+            digits = keys[keys >> shift + 16 == prefix] >> shift & _BINS - 1
+        total += torch.bincount(digits, minlength=_BINS).to(order.device)
+    return sum_(total) if order.sharded else total
+
+
+def count_equal(order: Order, key: int) -> dict[str, int]:
+    """Parameter name -> how many weights on this process have this key."""
+    counts = dict.fromkeys(order.names, 0)
+    for name, _, keys in order.read():
+        counts[name] += int((keys == key).count_nonzero())
+    return counts
+
+
+def ordered(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Whole numbers in the order of the values: their bits, of which a negative float's are inverted.
+
+    The sixteen highest bits of the result are never the lowest ones that there are.
+
+    Args:
+        values: Of any shape and of a type that `dtype` holds exactly.
+        dtype: float32, float64 or int64.
+    """
+    if not dtype.is_floating_point:
+        return values.to(dtype)
+    keys = bits_of(values.to(dtype) + 0)  # no -0.0
+    limits, bits = torch.iinfo(keys.dtype), _bits(dtype)
+    keys ^= (keys >> bits - 1) & limits.max
+    return keys.clamp_(min=limits.min + 2 ** (bits - 16))
+
+
+def only(keys: Tensor, where: Tensor | None = None) -> Tensor:
+    """The keys, and the lowest there is where the booleans say no."""
+    if where is None:
+        return keys
+    bound = where.to(keys.dtype)
+    bound -= 1
+    bound ^= torch.iinfo(keys.dtype).max
+    return torch.minimum(keys, bound)  # several times faster than masked_fill_ or where
+
+
+def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Flat chunks, row-major, of tensors of one shape: views, or copies where one is laid out otherwise."""
+    first = tensors[0]
+    if first.numel() <= CHUNK:
+        yield tuple(tensor.reshape(-1) for tensor in tensors)
+    elif all(tensor.is_contiguous() for tensor in tensors):
+        yield from zip(*(torch.split(tensor.view(-1), CHUNK) for tensor in tensors), strict=True)
+    elif len(first) == 1:
+        yield from pieces(*(tensor[0] for tensor in tensors))
+    else:
+        rows = max(1, CHUNK * len(first) // first.numel())
+        for parts in zip(*(torch.split(tensor, rows) for tensor in tensors), strict=True):
+            yield from pieces(*parts)
+
+
+def common_dtype(dtypes: list[torch.dtype]) -> torch.dtype:
+    """The narrowest type with keys that holds all of these."""
+    dtype = reduce(torch.promote_types, dtypes)
+    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else torch.int64
+
+
+def _bits(dtype: torch.dtype) -> int:
+    return 8 * dtype.itemsize

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from altermoma_pl.mask.masks import Masks
-from altermoma_pl.mask.selection import Selection
+from altermoma_pl.mask.selection import Selection, Tensors
+from altermoma_pl.model.distributed import gathered, local
 
 Scope = Literal["global", "modality", "layer", "row"]
+_Shares = float | Mapping[str, float]
 
 
 def top_k(
@@ -57,39 +59,19 @@ def top_k(
         _check_alike(scores, tie_breaker, "tie breaker", shapes=isinstance(tie_breaker, dict))
     check_density(min_density)
     selection = Selection(scores, within, tie_breaker)
-    for label, names, share in _scopes(scores, sparsity, scope, groups):
-        if scope == "row" and scores[names[0]].ndim > 1:
-            shape = scores[names[0]].shape
-            count = _count_in_row(selection, label, shape, names[0], share, min_density)
-            selection.keep_best_in_rows_(names[0], count)
+    for names, count, in_row, floors in _counts(scores, sparsity, scope, within, min_density, groups):
+        if in_row is None:
+            _keep_best_(selection, names, count, floors)
         else:
-            sizes = {name: scores[name].numel() for name in names}
-            _keep_best_(selection, label, sizes, share, min_density)
+            selection.keep_best_in_rows_(names[0], in_row)
     return Masks(selection.kept)
 
 
 def num_kept(
-    within: Masks,
-    sparsity: float | Mapping[str, float],
-    scope: Scope = "global",
-    min_density: float = 0.0,
-    groups: Mapping[str, str] | None = None,
+    within: Masks, sparsity: _Shares, scope: Scope, min_density: float, groups: Mapping[str, str] | None
 ) -> int:
-    """How many weights `top_k` keeps within masks, whatever the scores; arguments are as there.
-
-    Raises:
-        ValueError: As `top_k`, where the sparsity cannot be reached.
-    """
-    alive, total = within.counts, 0
-    for label, names, share in _scopes(within, sparsity, scope, groups):
-        if scope == "row" and within[names[0]].ndim > 1:
-            mask = within[names[0]]
-            rows = Selection({names[0]: mask}, within)
-            total += len(mask) * _count_in_row(rows, label, mask.shape, names[0], share, min_density)
-        else:
-            sizes = {name: within[name].numel() for name in names}
-            total += _count_and_floors(alive, label, sizes, share, min_density)[0]
-    return total
+    """How many weights `top_k` keeps within masks, whatever the scores; it raises what that raises."""
+    return sum(count for _, count, *_ in _counts(within, sparsity, scope, within, min_density, groups))
 
 
 def check_sparsity(sparsity: float, what: str = "sparsity") -> None:
@@ -104,7 +86,7 @@ def check_density(min_density: float) -> None:
         raise ValueError(f"min_density must be in [0, 1], got {min_density!r}")
 
 
-def check_scores(scores: Mapping[str, Tensor], within: Masks | None) -> None:
+def check_scores(scores: Tensors, within: Masks | None) -> None:
     """Raise a `ValueError` if there are no scores, or `within` has other names or shapes."""
     if not scores:
         raise ValueError("there are no scores: nothing to rank")
@@ -112,9 +94,7 @@ def check_scores(scores: Mapping[str, Tensor], within: Masks | None) -> None:
         _check_alike(scores, within, "mask")
 
 
-def _check_alike(
-    scores: Mapping[str, Tensor], others: Mapping[str, Tensor], what: str, shapes: bool = True
-) -> None:
+def _check_alike(scores: Tensors, others: Tensors, what: str, shapes: bool = True) -> None:
     if others.keys() != scores.keys():
         difference = sorted(others.keys() ^ scores.keys())
         raise ValueError(f"scores and {what}s name different parameters: {difference}")
@@ -126,20 +106,21 @@ def _check_alike(
 
 
 def _scopes(
-    scores: Mapping[str, Tensor],
-    sparsity: float | Mapping[str, float],
-    scope: Scope,
-    groups: Mapping[str, str] | None,
+    weights: Tensors, sparsity: _Shares, scope: Scope, groups: Mapping[str, str] | None
 ) -> Iterator[tuple[str, list[str], float]]:
     """Label, parameter names and target of each set over which weights compete."""
-    if scope == "modality":
-        members = _members(scores, groups)
-    elif scope in ("layer", "row"):
-        members = {name: [name] for name in scores}
-    elif scope == "global":
-        members = {"the model": list(scores)}
-    else:
+    if scope not in get_args(Scope):
         raise ValueError(f"scope must be one of {list(get_args(Scope))}, got {scope!r}")
+    if scope != "modality":
+        groups = {name: "the model" if scope == "global" else name for name in weights}
+    elif groups is None:
+        raise ValueError("the scope 'modality' needs the group of each parameter in `groups`")
+    missing = [name for name in weights if name not in groups]
+    if missing:
+        raise ValueError(f"`groups` names no group for {missing}: each parameter with scores needs one")
+    members: dict[str, list[str]] = {}
+    for name in weights:
+        members.setdefault(groups[name], []).append(name)
     if not isinstance(sparsity, Mapping):
         check_sparsity(sparsity)
         sparsity = dict.fromkeys(members, sparsity)
@@ -152,24 +133,54 @@ def _scopes(
         yield group if scope == "global" else f"{group!r}", names, sparsity[group]
 
 
-def _members(scores: Mapping[str, Tensor], groups: Mapping[str, str] | None) -> dict[str, list[str]]:
-    if groups is None:
-        raise ValueError("the scope 'modality' needs the group of each parameter in `groups`")
-    missing = [name for name in scores if name not in groups]
-    if missing:
-        raise ValueError(f"`groups` names no group for {missing}: each parameter with scores needs one")
-    members: dict[str, list[str]] = {}
-    for name in scores:
-        members.setdefault(groups[name], []).append(name)
-    return members
+def _counts(
+    weights: Tensors,
+    sparsity: _Shares,
+    scope: Scope,
+    within: Masks | None,
+    min_density: float,
+    groups: Mapping[str, str] | None,
+) -> Iterator[tuple[list[str], int, int | None, dict[str, int]]]:
+    """Of each set over which weights compete the parameter names, and how many weights stay.
+
+    Then how many of these stay in a row, where rows compete, and how many at least of each parameter.
+    """
+    sizes = {name: tensor.numel() for name, tensor in weights.items()}
+    alive = sizes if within is None else within.counts
+    # At least one weight if there is a floor; rounded, because 0.07 * 100 is more than 7.
+    least = {
+        name: max(int(min_density > 0), math.ceil(round(min_density * sizes[name], 9))) for name in sizes
+    }
+    for label, names, share in _scopes(weights, sparsity, scope, groups):
+        tensor, in_row = weights[names[0]], None
+        total = sum(sizes[name] for name in names)
+        if scope == "row" and tensor.ndim > 1:
+            columns = tensor.shape[1:].numel()
+            in_row = columns - round(share * columns)
+            left = columns if within is None else _fewest_in_a_row(within[names[0]])
+            check_enough(f"a row of {label}", share, in_row, left, columns)
+            count = tensor.shape[0] * in_row
+        else:
+            count = total - round(share * total)
+            check_enough(label, share, count, sum(alive[name] for name in names), total)
+        floors = {name: min(alive[name], least[name]) for name in names}
+        protected = sum(floors.values())
+        if protected > count:
+            raise ValueError(
+                f"sparsity {share:.6g} of {label} keeps {count} of {total} weights, but "
+                f"min_density={min_density:g} protects {protected}: lower one of them"
+            )
+        yield names, count, in_row, floors
 
 
-def _keep_best_(
-    selection: Selection, label: str, sizes: Mapping[str, int], sparsity: float, min_density: float
-) -> None:
-    """What each tensor's floor protects, and the best of the rest."""
-    count, floors = _count_and_floors(selection.num_alive, label, sizes, sparsity, min_density)
-    names = list(sizes)
+def _fewest_in_a_row(mask: Tensor) -> int:
+    """The smallest number of weights that are left in a row, of all processes."""
+    left = min(local(mask).flatten(1).sum(1).tolist(), default=mask.shape[1:].numel())
+    return min(gathered(left)) if isinstance(mask, DTensor) else left
+
+
+def _keep_best_(selection: Selection, names: list[str], count: int, floors: Mapping[str, int]) -> None:
+    """The best of these weights, and of each parameter at least its floor."""
     while True:
         selection.keep_best_(names, count)
         kept = selection.count_kept(names)
@@ -177,35 +188,10 @@ def _keep_best_(
         if not short:
             return
         # These get their floors and no more: what they take from the others makes those choosier still.
-        selection.forget_(names)
         for name in short:
             selection.keep_best_([name], floors[name])
         count -= sum(floors[name] for name in short)
         names = [name for name in names if name not in short]
-
-
-def _count_and_floors(
-    alive: Mapping[str, int], label: str, sizes: Mapping[str, int], sparsity: float, min_density: float
-) -> tuple[int, dict[str, int]]:
-    """How many weights stay of these tensors together, and at least of each."""
-    total = sum(sizes.values())
-    count = total - round(sparsity * total)
-    check_enough(label, sparsity, count, sum(alive[name] for name in sizes), total)
-    floors = {name: _floor(size, alive[name], min_density) for name, size in sizes.items()}
-    _check_floors(label, sparsity, count, total, min_density, sum(floors.values()))
-    return count, floors
-
-
-def _count_in_row(
-    selection: Selection, label: str, shape: torch.Size, name: str, sparsity: float, min_density: float
-) -> int:
-    """How many weights stay in each row of one tensor."""
-    rows, columns = shape[0], shape[1:].numel()
-    count = columns - round(sparsity * columns)
-    check_enough(f"a row of {label}", sparsity, count, selection.fewest_in_a_row(name), columns)
-    floor = _floor(shape.numel(), selection.num_alive[name], min_density)
-    _check_floors(label, sparsity, rows * count, shape.numel(), min_density, floor)
-    return count
 
 
 def check_enough(label: str, sparsity: float, count: int, alive: int, total: int) -> None:
@@ -213,22 +199,23 @@ def check_enough(label: str, sparsity: float, count: int, alive: int, total: int
     if count > alive:
         raise ValueError(
             f"sparsity {sparsity:.6g} of {label} is below what is already pruned, "
-            f"{1 - alive / total:.6g}: masks only shrink, ask for more or start "
-            f"from a dense checkpoint"
+            f"{1 - alive / total:.6g}: masks only shrink, ask for more or start from a dense checkpoint"
         )
 
 
-def _check_floors(
-    label: str, sparsity: float, count: int, total: int, min_density: float, protected: int
-) -> None:
-    if protected > count:
-        raise ValueError(
-            f"sparsity {sparsity:.6g} of {label} keeps {count} of {total} weights, but "
-            f"min_density={min_density:g} protects {protected}: lower one of them"
-        )
+class Computed(Mapping[str, Tensor]):
+    """Tensors by parameter name that are computed when asked for, each time anew, to save memory."""
 
+    def __init__(self, names: Iterable[str], compute: Callable[[str], Tensor]) -> None:
+        self._names, self._compute = dict.fromkeys(names), compute
 
-def _floor(size: int, alive: int, min_density: float) -> int:
-    if min_density == 0:
-        return 0
-    return min(alive, max(1, math.ceil(round(min_density * size, 9))))  # 0.07 * 100 is more than 7
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._compute(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

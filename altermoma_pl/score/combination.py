@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from altermoma_pl.mask.computed import Computed
 from altermoma_pl.mask.masks import Masks
+from altermoma_pl.mask.top_k import Computed
 from altermoma_pl.model.distributed import total
 from altermoma_pl.score.components import Components, Level
 

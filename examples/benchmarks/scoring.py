@@ -20,8 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, so that `examples` is found
 
 from altermoma_pl import AlterEva, Calibration, Masks
-from altermoma_pl.mask.computed import Computed
-from altermoma_pl.mask.top_k import top_k
+from altermoma_pl.mask.top_k import Computed, top_k
 from altermoma_pl.model.contexts import noise_free
 from examples.benchmarks.measuring import Row, in_turns, options, ratios, show
 from examples.benchmarks.workloads import Fusion, Towers, fusion

@@ -93,8 +93,9 @@ def test_what_is_pruned_stays_pruned_whatever_its_score():
 
 def test_an_empty_tensor_has_no_blocks():
     scores = {"a": torch.ones(0, 4), "b": torch.tensor(ROWS)}
-    for sparsity in (None, 0.25):
-        masks = keep_n_of_m(scores, *TWO_OF_FOUR, sparsity)
+    dense = Masks.dense(scores)
+    for sparsity, within in ((None, None), (0.25, None), (None, dense), (0.25, dense)):
+        masks = keep_n_of_m(scores, *TWO_OF_FOUR, sparsity, within)
         assert masks["a"].shape == (0, 4)
         assert int(masks["b"].sum()) == (4 if sparsity is None else 6)
 

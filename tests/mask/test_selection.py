@@ -11,9 +11,8 @@ import torch
 from hypothesis import given, settings
 
 from altermoma_pl import Masks, top_k
-from altermoma_pl.mask import radix
-from altermoma_pl.mask.radix import ordered
-from altermoma_pl.mask.selection import Selection
+from altermoma_pl.mask import selection as module
+from altermoma_pl.mask.selection import Selection, common_dtype, ordered
 from altermoma_pl.mask.top_k import Scope
 from tests.helpers.sorting import reference
 
@@ -28,13 +27,13 @@ SHAPES = [(), (1,), (5,), (0, 3), (2, 3), (3, 4), (2, 2, 2, 2), (4, 0)]
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(radix, "CHUNK", 3)
+    monkeypatch.setattr(module, "CHUNK", 3)
 
 
 @pytest.mark.parametrize("dtype", FLOATS.values())
 def test_keys_have_the_order_of_the_values(dtype):
     values = torch.tensor([*VALUES[dtype], math.inf, -math.inf], dtype=torch.float64).to(dtype)
-    keys = ordered(values, radix.common_dtype([dtype]))
+    keys = ordered(values, common_dtype([dtype]))
     assert torch.equal(values[:, None] < values, keys[:, None] < keys)
     assert torch.equal(values[:, None] == values, keys[:, None] == keys)
 
@@ -58,7 +57,7 @@ def test_keys_by_hand():
     ],
 )
 def test_the_common_type_holds_all(dtypes, expected):
-    assert radix.common_dtype(dtypes) == expected
+    assert common_dtype(dtypes) == expected
 
 
 def draw_tensor(draw, shape, values, dtype):
@@ -110,7 +109,7 @@ def test_equals_sorting_whatever_the_bits_the_layout_and_the_chunks(problem, chu
     within = None if dense else Masks(problem["within"])
     arguments = problem | {"within": within, "tie_breaker": ties}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(radix, "CHUNK", chunk)
+        patch.setattr(module, "CHUNK", chunk)
         if expected is None:
             with pytest.raises(ValueError, match=r"masks only shrink, ask for more|lower one of them"):
                 top_k(**arguments)
@@ -206,15 +205,15 @@ def test_whole_numbers_are_ranked():
     assert [mask.int().tolist() for mask in masks.values()] == [[1, 0, 1, 0], [1]]
 
 
-def test_a_selection_adds_to_what_it_keeps():
+def test_a_selection_keeps_the_best_and_no_others():
     selection = Selection({"a": torch.tensor([1.0, 2.0, 3.0, 4.0]), "b": torch.tensor([9.0, 0.0])})
-    assert selection.num_alive == {"a": 4, "b": 2}
     selection.keep_best_(["a"], 1)
     assert [mask.int().tolist() for mask in selection.kept.values()] == [[0, 0, 0, 1], [0, 0]]
-    selection.keep_best_(["a", "b"], 2)
+    selection.keep_best_(["a", "b"], 3)
     assert [mask.int().tolist() for mask in selection.kept.values()] == [[0, 0, 1, 1], [1, 0]]
+    assert selection.count_kept(["a", "b"]) == {"a": 2, "b": 1}
     selection.keep_best_(["a", "b"], 0)
-    assert sum(int(mask.sum()) for mask in selection.kept.values()) == 3
+    assert sum(int(mask.sum()) for mask in selection.kept.values()) == 0
 
 
 def test_masks_lie_row_major_whatever_the_layout_of_scores():

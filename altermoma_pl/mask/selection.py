@@ -221,10 +221,8 @@ class Order:
 def kth_largest(order: Order, count: int, check: Callable[[], None] | None = None) -> tuple[int, int, int]:
     """The `count`-th largest key, how many weights with this key are needed, and how many there are.
 
-    Args:
-        order: What competes; at least `count` weights.
-        count: From 0; the 0-th largest is above all keys.
-        check: Called if what competes includes infinity or not-a-number.
+    At least `count` weights must compete; the 0-th largest is above all keys. If infinity or not-a-number
+    competes, `check` is called.
     """
     key, digit = 0, 0
     top = _bits(order.dtype) - 16
@@ -267,11 +265,8 @@ def count_equal(order: Order, key: int) -> dict[str, int]:
 def ordered(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Whole numbers in the order of the values: their bits, of which a negative float's are inverted.
 
-    The sixteen highest bits of the result are never the lowest ones that there are.
-
-    Args:
-        values: Of any shape and of a type that `dtype` holds exactly.
-        dtype: float32, float64 or int64.
+    The sixteen highest bits of the result are never the lowest ones that there are. The type is float32,
+    float64 or int64 and holds the values exactly.
     """
     if not dtype.is_floating_point:
         return values.to(dtype)

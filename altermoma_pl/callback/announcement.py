@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import Logger
 
 import altermoma_pl.report.figures as figures
 from altermoma_pl.callback.lightning_internals import is_trial, print_beside_bar
@@ -42,7 +41,8 @@ def announce(
     if callback.figures and masks is not None and figures.available():
         # Each process has only some rows of what is sharded, and only this one draws.
         shown = None if masks.sharded else components
-        boards = [board for board in map(_experiment, trainer.loggers) if hasattr(board, "add_figure")]
+        experiments: list[Any] = [getattr(logger, "experiment", None) for logger in trainer.loggers]
+        boards = [each for each in experiments if hasattr(each, "add_figure")]  # as TensorBoard's does
         drawn = figures.draw_pruning(report, callback.events, shown, masks) if folder or boards else {}
         if folder is not None:
             figures.save(drawn, folder)
@@ -64,11 +64,6 @@ def _metrics(event: dict[str, Any], seconds: float) -> dict[str, float]:
     metrics |= {f"loss/{which}": loss for which, loss in event["losses"].items()}
     optional = ("num_skipped", "beta", "channels", "flops")
     return metrics | {key: event[key] for key in optional if key in event}
-
-
-def _experiment(logger: Logger) -> Any:
-    """What figures are added to, if it takes them as TensorBoard's does."""
-    return getattr(logger, "experiment", None)
 
 
 def _folder(trainer: Trainer, output_dir: str | None, name: str | None) -> Path | None:

@@ -32,7 +32,7 @@ from altermoma_pl.model.modality import Modalities
 from altermoma_pl.report.sparsity import SparsityReport
 from altermoma_pl.score import AlterEva, Components, Criterion
 from altermoma_pl.score.calibration import OnNonFinite
-from altermoma_pl.score.decision import Decision, decide
+from altermoma_pl.score.decision import decide
 
 _NEVER = -1  # an epoch before any event of any schedule
 
@@ -314,16 +314,18 @@ class AlterMOMACallback(Callback):
             return  # a fit that goes on with a pruned model has nothing more to prune
         started = time.perf_counter()
         check_rewindable(self.schedule, state.rewind_point, epoch)
-        decision = self._decide(trainer, module, target)
+        with scoring_batches(self, trainer, module, self.criterion.uses_batches) as batches:
+            calibration = calibration_of(self, trainer, module, self._held.traced, *batches)
+            weights = calibration.weights
+            magnitudes = Computed(weights, lambda name: weights[name].detach().abs())
+            ranking = replace(self._ranking(state), tie_breaker=magnitudes)
+            decision = decide(self.criterion, calibration, lambda s: self._grain.masks(s, target, ranking))
         if self.schedule.rewinds_to is not None and state.rewind_point is not None:
             state.rewind_point.restore_(trainer, module)
         state = replace(state, events=list(state.events))
         state.record(decision, epoch, trainer.global_step, self.store_components, self._held.traced)
         self._held.state = state  # one assignment: whatever interrupts finds masks and their record
-        for callback in (
-            self,
-            *self._others(trainer),
-        ):  # rewinding brought back what others had pruned
+        for callback in [self, *self._others(trainer)]:  # rewinding brought back what others had pruned
             callback._held.hold_(internals.callbacks_of(trainer), module)
         seconds = time.perf_counter() - started
         self._scoring_seconds += seconds
@@ -335,15 +337,6 @@ class AlterMOMACallback(Callback):
     def _target(self, epoch: int) -> Sparsity:
         pruned = self._grain.pruned(self._ranking(self._held.state), isinstance(self.sparsity, dict))
         return target_at(self.schedule, self.sparsity, epoch, pruned)
-
-    def _decide(self, trainer: Trainer, module: LightningModule, target: Sparsity) -> Decision:
-        """What stays, with the generators of torch, numpy, `random` and the loaders as they were."""
-        with scoring_batches(self, trainer, module, self.criterion.uses_batches) as batches:
-            calibration = calibration_of(self, trainer, module, self._held.traced, *batches)
-            weights = calibration.weights
-            magnitudes = Computed(weights, lambda name: weights[name].detach().abs())
-            ranking = replace(self._ranking(self._held.state), tie_breaker=magnitudes)
-            return decide(self.criterion, calibration, lambda s: self._grain.masks(s, target, ranking))
 
     def _others(self, trainer: Trainer) -> list[AlterMOMACallback]:
         found = internals.callbacks_of(trainer)

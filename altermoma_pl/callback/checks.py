@@ -41,7 +41,22 @@ def check_options_of(
             check_type(option, value, hint)
     check_density(callback.min_density)
     _check_sparsity(callback.modalities, callback.sparsity, callback.scope)
-    _check_parts(callback.criterion, callback.schedule, prunable, callback.seed, callback.name)
+    for option, part, kind, example in (
+        ("criterion", callback.criterion, Criterion, "Magnitude()"),
+        ("schedule", callback.schedule, Schedule, "OneShot(0)"),
+    ):
+        if not isinstance(part, kind):
+            raise ValueError(
+                f"{option} must be an object that derives from {kind.__name__}, got {part!r}: give for "
+                f"example {example}"
+            )
+    listed = prunable is None or (isinstance(prunable, Sequence) and not isinstance(prunable, str))
+    if not listed or not all(isinstance(pattern, str) and pattern for pattern in prunable or ()):
+        raise ValueError(f"prunable must be a list of patterns over parameter names, got {prunable!r}")
+    if not 0 <= callback.seed < 2**63:
+        raise ValueError(f"seed must be at least 0 and below 2**63, got {callback.seed}")
+    if (name := callback.name) is not None and not (isinstance(name, str) and _NAME.fullmatch(name)):
+        raise ValueError(f"name must be None, or made of letters, digits, '_' and '-', got {name!r}")
     granularity = parse_granularity(callback.granularity)
     granularity.check(callback.criterion, callback.sparsity, callback.scope, callback.min_density)
     if granularity.by_channel and callback.store_components:
@@ -51,7 +66,7 @@ def check_options_of(
 def _check_sparsity(modalities: Iterable[str], sparsity: Sparsity, scope: Scope) -> None:
     """Raise a `ValueError` if the sparsity is out of range, or not one for each modality."""
     if not isinstance(sparsity, dict):
-        check_sparsity(_no_boolean(sparsity))
+        check_sparsity(sparsity)
         return
     if scope != "modality":
         raise ValueError(
@@ -62,31 +77,7 @@ def _check_sparsity(modalities: Iterable[str], sparsity: Sparsity, scope: Scope)
     if unknown or missing:
         raise ValueError(f"sparsity must name each of {known}: unknown are {unknown}, missing are {missing}")
     for group, share in sparsity.items():
-        check_sparsity(_no_boolean(share), f"sparsity of {group!r}")
-
-
-def _check_parts(
-    criterion: Criterion, schedule: Schedule, prunable: list[str] | None, seed: int, name: str | None
-) -> None:
-    """Raise a `ValueError` if an option of the callback is not what its annotation says, or out of range."""
-    for option, part, kind in (("criterion", criterion, Criterion), ("schedule", schedule, Schedule)):
-        if not isinstance(part, kind):
-            raise ValueError(
-                f"{option} must be an object that derives from {kind.__name__}, got {part!r}: give for "
-                f"example {'Magnitude()' if kind is Criterion else 'OneShot(0)'}"
-            )
-    listed = prunable is None or (isinstance(prunable, Sequence) and not isinstance(prunable, str))
-    if not listed or not all(isinstance(pattern, str) and pattern for pattern in prunable or ()):
-        raise ValueError(f"prunable must be a list of patterns over parameter names, got {prunable!r}")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be at least 0 and below 2**63, got {seed}")
-    if name is not None and not (isinstance(name, str) and _NAME.fullmatch(name)):
-        raise ValueError(f"name must be None, or made of letters, digits, '_' and '-', got {name!r}")
-
-
-def _no_boolean(value: Any) -> Any:
-    """The value, in a form that is no number where it is a boolean."""
-    return repr(value) if isinstance(value, bool) else value
+        check_sparsity(share, f"sparsity of {group!r}")
 
 
 def check_same_groups(earlier: Mapping[str, str], group_of: Mapping[str, str]) -> None:
@@ -170,35 +161,24 @@ def check_strategy(trainer: Trainer) -> None:
 
 
 def check_sharding(
-    module: LightningModule,
-    criterion: Criterion,
-    schedule: Schedule,
-    granularity: Granularity,
-    store_components: bool,
+    module: LightningModule, criterion: Criterion, schedule: Schedule, grain: Granularity, stored: bool
 ) -> None:
     """Raise a `ValueError` if parameters are sharded and something cannot work with that."""
     if not is_sharded(module.parameters()):
         return
     check_division(module.parameters())
-    for refused, why, instead in (
-        (
-            not criterion.shardable,
-            f"{type(criterion).__name__} needs whole parameters",
-            "AlterEva, SNIP, Taylor or Magnitude",
-        ),
-        (not granularity.shardable, f"{granularity} needs whole parameters", "the granularity 'weight'"),
-        (
-            schedule.rewinds_to is not None,
-            f"{type(schedule).__name__} keeps a copy of whole parameters",
-            "another schedule",
-        ),
-        (
-            store_components,
-            "store_components=True would save one process's rows of DeCI and ReRI",
-            "store_components=False",
-        ),
-    ):
-        if refused:
-            raise ValueError(
-                f"{why}, and those of this model are sharded over processes: use {instead}, or strategy='ddp'"
-            )
+    if not criterion.shardable:
+        why = f"{type(criterion).__name__} needs whole parameters"
+        instead = "AlterEva, SNIP, Taylor or Magnitude"
+    elif not grain.shardable:
+        why, instead = f"{grain} needs whole parameters", "the granularity 'weight'"
+    elif schedule.rewinds_to is not None:
+        why, instead = f"{type(schedule).__name__} keeps a copy of whole parameters", "another schedule"
+    elif stored:
+        why = "store_components=True would save one process's rows of DeCI and ReRI"
+        instead = "store_components=False"
+    else:
+        return
+    raise ValueError(
+        f"{why}, and those of this model are sharded over processes: use {instead}, or strategy='ddp'"
+    )

@@ -6,7 +6,8 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -16,7 +17,7 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn, optim
 
-from altermoma_pl.score.calibration import Progress, no_progress
+from altermoma_pl.score.calibration import Progress
 
 # The Trainer.
 
@@ -34,15 +35,15 @@ def is_trial(trainer: Trainer) -> bool:
 # Batches.
 
 
-def load_validation(trainer: Trainer) -> Any:
-    """Load the validation loaders as the Trainer would before its first validation; None if it has none."""
-    if not trainer.enable_validation:  # asked to load all the same, Lightning leaves DataLoader patched
-        return None
-    trainer.validating = True
-    try:
-        trainer.fit_loop.epoch_loop.val_loop.setup_data()
-    finally:
-        trainer.training = True
+def validation_loaders(trainer: Trainer) -> Any:
+    """The validation loaders, loaded as before the first validation; None if the Trainer has none."""
+    # Asked to load where it does not validate, Lightning leaves DataLoader patched.
+    if trainer.val_dataloaders is None and trainer.enable_validation:
+        trainer.validating = True
+        try:
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        finally:
+            trainer.training = True
     return trainer.val_dataloaders
 
 
@@ -51,9 +52,8 @@ def to_device(trainer: Trainer, batch: Any) -> Any:
     batch = trainer.precision_plugin.convert_input(batch)
     datamodule = getattr(trainer, "datamodule", None)
     hook = "on_before_batch_transfer"
-    owner: Any = (
-        datamodule if datamodule is not None and _is_own(datamodule, hook) else trainer.lightning_module
-    )
+    own = datamodule is not None and _is_own(datamodule, hook)
+    owner: Any = datamodule if own else trainer.lightning_module
     return trainer.strategy.batch_to_device(owner.on_before_batch_transfer(batch, 0), dataloader_idx=0)
 
 
@@ -181,67 +181,40 @@ def scoring_bar(trainer: Trainer) -> Iterator[Progress]:
         after a SIGTERM, which Lightning only notes: who sends it does not wait for the end of an event.
     """
     bar = trainer.progress_bar_callback
-    shown: ScoringBar | None = None
+    begin: Callable[[str, int | None], AbstractContextManager[Callable[[int], object]]] | None = None
     if isinstance(bar, RichProgressBar) and bar.progress is not None:
-        shown = ScoringBar(lambda phase, total: _rich_task(bar.progress, phase, total))
+        begin = partial(_rich_task, bar.progress)
     elif isinstance(bar, TQDMProgressBar) and bar.is_enabled:
-        shown = ScoringBar(_tqdm_bar)
-    show = no_progress if shown is None else shown.show
+        begin = _tqdm_bar
+    shown: dict[str, Callable[[int], object]] = {}  # the present phase -> what is told of its batches
 
     def progress(phase: str, done: int, total: int | None) -> None:
         # One of several processes must not leave the others waiting; Lightning stops them together.
         if trainer.received_sigterm and trainer.world_size == 1:
             raise SIGTERMException
-        show(phase, done, total)
+        if begin is None:
+            return
+        if phase not in shown:
+            bars.close()
+            shown.clear()
+            shown[phase] = bars.enter_context(begin(f"Scoring: {phase}", total))
+        shown[phase](done)
 
-    try:
+    with ExitStack() as bars:
         yield progress
-    finally:
-        if shown is not None:
-            shown.close()
 
 
-Bar = tuple[Callable[[int], None], Callable[[], None]]
-"""Called with the batches that are done, and to close it."""
+@contextmanager
+def _tqdm_bar(text: str, total: int | None) -> Iterator[Callable[[int], object]]:
+    with Tqdm(desc=text, total=total, leave=False, file=sys.stdout) as bar:
+        yield lambda done: bar.update(done - bar.n)
 
 
-class ScoringBar:
-    """A bar for each phase, one at a time.
-
-    Args:
-        begin: Makes a bar from a text and a total, if known.
-    """
-
-    def __init__(self, begin: Callable[[str, int | None], Bar]) -> None:
-        self._begin = begin
-        self._phase = ""
-        self._bar: Bar | None = None
-
-    def show(self, phase: str, done: int, total: int | None) -> None:
-        """Say how far it is."""
-        if phase != self._phase or self._bar is None:
-            self.close()
-            self._phase, self._bar = phase, self._begin(f"Scoring: {phase}", total)
-        self._bar[0](done)
-
-    def close(self) -> None:
-        """Remove the bar, if there is one."""
-        if self._bar is not None:
-            self._bar[1]()
-        self._bar = None
-
-
-def _tqdm_bar(text: str, total: int | None) -> Bar:
-    bar = Tqdm(desc=text, total=total, leave=False, file=sys.stdout)
-    return lambda done: bar.update(done - bar.n), bar.close
-
-
-def _rich_task(progress: Any, text: str, total: int | None) -> Bar:
+@contextmanager
+def _rich_task(progress: Any, text: str, total: int | None) -> Iterator[Callable[[int], object]]:
     # Lightning's columns need a total; infinity is what it uses for an unknown one.
     task = progress.add_task(text, total=float("inf") if total is None else total)
-
-    def update(done: int) -> None:
-        progress.update(task, completed=done)
-        progress.refresh()
-
-    return update, lambda: progress.remove_task(task)
+    try:
+        yield lambda done: progress.update(task, completed=done, refresh=True)
+    finally:
+        progress.remove_task(task)

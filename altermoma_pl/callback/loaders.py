@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader, DistributedSampler
 
-from altermoma_pl.callback.lightning_internals import is_trial, load_validation, to_device
+from altermoma_pl.callback.lightning_internals import is_trial, to_device, validation_loaders
 from altermoma_pl.model.distributed import num_processes, rank
 
 ProbeLoader = Literal["auto", "calibration", "validation", "training"]
@@ -67,8 +67,9 @@ def probe_batches(trainer: Trainer, module: LightningModule, which: ProbeLoader)
     """
     if which == "training":
         return training_batches(trainer)
-    calibration = _calibration_hook(trainer, module) if which != "validation" else None
-    if calibration is not None:
+    datamodule, hook = getattr(trainer, "datamodule", None), "calibration_dataloader"
+    calibration = getattr(datamodule, hook, getattr(module, hook, None))
+    if calibration is not None and which != "validation":
         # It exists for scoring alone: only a fast_dev_run limits it, not limit_val_batches.
         limit = trainer.limit_val_batches if is_trial(trainer) else 1.0
         return Batches(trainer, [_own_share(loader) for loader in _as_list(calibration())], limit)
@@ -77,9 +78,7 @@ def probe_batches(trainer: Trainer, module: LightningModule, which: ProbeLoader)
             "loader='calibration' needs a method `calibration_dataloader()` on the datamodule or the "
             "LightningModule, and neither has one"
         )
-    loaders = trainer.val_dataloaders
-    if loaders is None:
-        loaders = load_validation(trainer)
+    loaders = validation_loaders(trainer)
     if loaders is None:
         raise ValueError(
             f"there is no held-out loader to score weights with (limit_val_batches="
@@ -131,11 +130,6 @@ def _own_share(loader: Any) -> Any:
     sampler = getattr(loader, "sampler", None)
     divided = num_processes() == 1 or isinstance(sampler, DistributedSampler)
     return loader if divided else _Share(loader)
-
-
-def _calibration_hook(trainer: Trainer, module: LightningModule) -> Any:
-    datamodule = getattr(trainer, "datamodule", None)
-    return getattr(datamodule, "calibration_dataloader", getattr(module, "calibration_dataloader", None))
 
 
 def _as_list(loaders: Any) -> list[Any]:

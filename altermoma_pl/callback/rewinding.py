@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from types import NoneType
 from typing import Any
 
@@ -71,12 +72,7 @@ class RewindPoint:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors on the CPU and builtins only."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> RewindPoint:
-        """Rebuild from `state_dict()`, whose form was checked."""
-        return cls(**state)
+        return dict(vars(self))
 
     @property
     def _tensors(self) -> dict[str, Tensor]:
@@ -94,11 +90,9 @@ class RewindPoint:
                 f"cannot rewind to epoch {self.epoch}, these have changed since then: "
                 + ", ".join(f"{n} (now {found.get(n)}, then {expected.get(n)})" for n in names)
             )
-        optimizers = zip(self.optimizers, trainer.optimizers, strict=True)
-        places = [next(_misfits_of_optimizer(*each), "") for each in optimizers]
-        for each in zip(self.schedulers, schedulers, strict=True):
-            places.append(next(_misfits(*each, "scheduler"), ""))
-        for place in filter(None, places):
+        places = [_misfits_of_optimizer(*e) for e in zip(self.optimizers, trainer.optimizers, strict=True)]
+        places += [_misfits(*e, "scheduler") for e in zip(self.schedulers, schedulers, strict=True)]
+        for place in itertools.chain.from_iterable(places):
             raise ValueError(
                 f"cannot rewind to epoch {self.epoch}: what was saved at {place} does not fit; resume "
                 f"from another checkpoint, or start a new fit from the weights alone"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from altermoma_pl.granularity import Traced
 from altermoma_pl.mask.masks import Masks
 from altermoma_pl.report.sparsity import SparsityReport
 from altermoma_pl.score import Components
+from altermoma_pl.score.components import Level
 from altermoma_pl.score.decision import Decision
 
 _FORMAT = 2
@@ -66,8 +67,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_width(value: Any) -> bool:
-    whole = isinstance(value, list) and [type(count) for count in value] == [int, int]
-    return whole and 1 <= value[0] <= value[1]
+    return isinstance(value, list) and [*map(type, value)] == [int, int] and 1 <= value[0] <= value[1]
 
 
 _COUNT = _Kind("a whole number of at least 0", lambda value: type(value) is int and value >= 0)
@@ -98,7 +98,7 @@ _COMPONENTS = {
     "group_of": _TEXTS,
     "losses": {"*": _NUMBER},
     "magnitude": _TENSORS,
-    "level?": None,
+    "level?": _Kind("'weight' or 'tensor'", lambda value: value in get_args(Level)),
 }
 _POINT = {
     "epoch": _COUNT,
@@ -171,8 +171,10 @@ class PruningState:
         try:
             _check_form(state, _STATE, "state")
             parts = {key: value for key, value in state.items() if key != "format"}
-            for key, kind in (("masks", Masks), ("components", Components), ("rewind_point", RewindPoint)):
+            for key, kind in (("masks", Masks), ("components", Components)):
                 parts[key] = None if state[key] is None else kind.from_state_dict(state[key])
+            point = state["rewind_point"]
+            parts["rewind_point"] = None if point is None else RewindPoint(**point)
             parts |= {"group_of": dict(state["group_of"]), "events": [dict(e) for e in state["events"]]}
             restored = cls(**parts)
             restored._check_parts_agree()
@@ -205,18 +207,8 @@ class PruningState:
             }
             _check(not wrong, f"components and masks differ: {what!r} at {sorted(wrong)}")
 
-    @property
-    def losses(self) -> dict[str, float]:
-        """Losses that the latest event measured."""
-        return self.events[-1]["losses"] if self.events else {}
-
     def record(
-        self,
-        decision: Decision,
-        epoch: int,
-        step: int,
-        keep_components: bool,
-        traced: Traced | None = None,
+        self, decision: Decision, epoch: int, step: int, keep_components: bool, traced: Traced | None = None
     ) -> None:
         """Take up what an event decided."""
         self.masks = decision.masks
@@ -247,8 +239,8 @@ class PruningState:
         """
         if self.masks is None:
             raise ValueError("there are no masks to report on: nothing was pruned yet")
-        report = SparsityReport.of(self.masks, self.group_of, self.losses)
         event = self.events[-1] if self.events else {}
+        report = SparsityReport.of(self.masks, self.group_of, event.get("losses", {}))
         if not {"channels", "flops"} <= event.keys():
             return report
         shown = tuple(name for name, mask in self.masks.items() if mask.ndim > 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -107,10 +108,8 @@ def shares_pruned(
     kept: Mapping[str, int], sizes: Mapping[str, int], group_of: Mapping[str, str]
 ) -> dict[str, float]:
     """Group -> share that is pruned."""
-    left: dict[str, int] = {}
-    all_: dict[str, int] = {}
+    left, all_ = Counter[str](), Counter[str]()
     for name, size in sizes.items():
-        group = group_of[name]
-        left[group] = left.get(group, 0) + kept[name]
-        all_[group] = all_.get(group, 0) + size
+        left[group_of[name]] += kept[name]
+        all_[group_of[name]] += size
     return {group: 1 - left[group] / total for group, total in all_.items()}

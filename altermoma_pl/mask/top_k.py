@@ -76,7 +76,7 @@ def num_kept(
 
 def check_sparsity(sparsity: float, what: str = "sparsity") -> None:
     """Raise a `ValueError` unless `sparsity` is in [0, 1)."""
-    if not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1:
+    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1:
         raise ValueError(f"{what} must be a share of zeros in [0, 1), got {sparsity!r}")
 
 

@@ -9,17 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from altermoma_pl.model.options import check_type
-
 Level = Literal["weight", "tensor"]
-
-_MAPS: dict[str, tuple[Any, str]] = {
-    "deci": (Tensor, "names to Tensor"),
-    "reri": (Mapping, "modalities to tensors by name"),
-    "group_of": (str, "names to str"),
-    "losses": ((int, float), "names to int or float"),
-    "magnitude": (Tensor, "names to Tensor"),
-}
 
 
 @dataclass(frozen=True)
@@ -51,23 +41,7 @@ class Components:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Components:
-        """Rebuild from `state_dict()`; a `ValueError` says what is damaged."""
-        if not isinstance(state, Mapping) or state.keys() - {"level"} != _MAPS.keys():
-            found = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
-            raise ValueError(f"state of components must hold {sorted(_MAPS)}, got {found}")
-        for key, (kind, words) in _MAPS.items():
-            if not _maps(state[key], kind):
-                raise ValueError(f"{key!r} of components must map {words}, got {state[key]!r:.80}")
-        # Of November 2026 and before: the shape alone told.
+        """Rebuild from `state_dict()`, taken as it is."""
+        # Of November 2026 and before: the shape alone told the level.
         whole = all(r.ndim == 0 for own in state["reri"].values() for r in own.values())
-        level = state.get("level", "tensor" if whole else "weight")
-        check_type("level of components", level, Level)
-        return cls(**{**state, "level": level})
-
-
-def _maps(value: Any, kind: Any) -> bool:
-    """Whether it maps names to such values; mappings inside have tensors by name."""
-    return isinstance(value, Mapping) and all(
-        isinstance(name, str) and isinstance(each, kind) and (kind is not Mapping or _maps(each, Tensor))
-        for name, each in value.items()
-    )
+        return cls(**{"level": "tensor" if whole else "weight", **state})

@@ -70,6 +70,7 @@ def state_sparsity(state: dict[str, Any]) -> float:
         ({"sparsity": 90}, "sparsity must be a share of zeros in [0, 1), got 90"),
         ({"sparsity": float("nan")}, "sparsity must be a share of zeros in [0, 1), got nan"),
         ({"sparsity": "0.5"}, "sparsity must be a share of zeros in [0, 1), got '0.5'"),
+        ({"sparsity": False}, "sparsity must be a share of zeros in [0, 1), got False"),
         ({"scope": "channel"}, "scope must be one of ['global', 'modality', 'layer', 'row'], got 'channel'"),
         (
             {"loader": "test"},

@@ -1,6 +1,6 @@
 """The bar while scoring, beside each of Lightning's."""
 
-from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgre
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from altermoma_pl.callback import lightning_internals
-from altermoma_pl.callback.lightning_internals import ScoringBar, _rich_task, _tqdm_bar, scoring_bar
+from altermoma_pl.callback.lightning_internals import scoring_bar
 from tests.helpers.lightning_models import Fusion, fit, num_zeros, pruner, short, trainer
 
 PHASES = (
@@ -122,6 +122,11 @@ def test_scoring_bar_without_a_trainers_bar_yields_nothing():
         assert show("phase", 0, None) is None
 
 
+def showing(bar: Any) -> Any:
+    """What of a Trainer with this bar is looked at."""
+    return SimpleNamespace(progress_bar_callback=bar, received_sigterm=False, world_size=1)
+
+
 def test_tqdm_counts_up_and_restarts_with_each_phase(capsys, monkeypatch):
     class Recorded(Tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -130,29 +135,28 @@ def test_tqdm_counts_up_and_restarts_with_each_phase(capsys, monkeypatch):
 
     made: list[Any] = []
     monkeypatch.setattr(lightning_internals, "Tqdm", Recorded)
-    bar = ScoringBar(_tqdm_bar)
-    bar.show("first", 0, 3)
-    bar.show("first", 2, 3)
-    assert [(each.n, each.total) for each in made] == [(2, 3)]
-    bar.show("second", 1, None)
-    assert [(each.n, each.total) for each in made] == [(2, 3), (1, None)]
-    bar.close()
-    assert bar._bar is None
-    bar.close()
+    with scoring_bar(showing(TQDMProgressBar())) as show:
+        show("first", 0, 3)
+        show("first", 2, 3)
+        assert [(each.n, each.total) for each in made] == [(2, 3)]
+        show("second", 1, None)
+        assert [(each.n, each.total) for each in made] == [(2, 3), (1, None)]
+        assert [each.disable for each in made] == [True, False]
+    assert [each.disable for each in made] == [True, True]  # as closed ones are
     assert "Scoring: second" in capsys.readouterr().out
 
 
 def test_rich_counts_up_and_restarts_with_each_phase():
     from rich.progress import Progress
 
-    shown = Progress(disable=True)
-    bar = ScoringBar(partial(_rich_task, shown))
-    bar.show("first", 2, 3)
-    assert [(task.description, task.completed, task.total) for task in shown.tasks] == [
-        ("Scoring: first", 2, 3)
-    ]
-    bar.show("second", 1, None)
-    assert [(task.description, task.completed) for task in shown.tasks] == [("Scoring: second", 1)]
-    assert shown.tasks[0].total == float("inf")
-    bar.close()
+    bar, shown = RichProgressBar(), Progress(disable=True)
+    bar.progress = shown
+    with scoring_bar(showing(bar)) as show:
+        show("first", 2, 3)
+        assert [(task.description, task.completed, task.total) for task in shown.tasks] == [
+            ("Scoring: first", 2, 3)
+        ]
+        show("second", 1, None)
+        assert [(task.description, task.completed) for task in shown.tasks] == [("Scoring: second", 1)]
+        assert shown.tasks[0].total == float("inf")
     assert shown.tasks == []

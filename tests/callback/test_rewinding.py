@@ -380,7 +380,7 @@ def test_a_point_survives_a_file_and_is_used_again_and_again(make_scheduler, tmp
     train(net, run, 3)
     point = RewindPoint.take(run, net)
     torch.save(point.state_dict(), tmp_path / "point.pt")
-    loaded = RewindPoint.from_state_dict(torch.load(tmp_path / "point.pt", weights_only=True))
+    loaded = RewindPoint(**torch.load(tmp_path / "point.pt", weights_only=True))
     expected = train(net, run, 5)
     for each in (point, loaded, point, loaded):
         each.restore_(run, net)

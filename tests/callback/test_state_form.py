@@ -233,6 +233,12 @@ def test_the_history_has_no_effect(saved):
             torch.zeros(3),
             "components and masks differ: 'deci' at ['head",
         ),
+        (
+            ("components",),
+            {"deci": {}},
+            "components must hold ['deci', 'group_of', 'losses', 'magnitude', 'reri'], got ['deci']",
+        ),
+        (("components", "level"), "x", "components.level must be 'weight' or 'tensor', got 'x'"),
         (("components", "group_of", "head.weight"), "camera", "components and masks differ in group_of"),
         (("rewind_point",), {}, "state.rewind_point must hold ['buffers', 'epoch',"),
         (("rewind_point",), {**POINT, "epoch": -1}, "state.rewind_point.epoch must be a whole number"),

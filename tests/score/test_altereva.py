@@ -340,11 +340,6 @@ def test_components_survive_a_file(tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert (loaded.group_of, loaded.losses) == (components.group_of, components.losses)
     assert {field.name for field in dataclasses.fields(Components)} == components.state_dict().keys()
-    message = (
-        "state of components must hold ['deci', 'group_of', 'losses', 'magnitude', 'reri'], got ['deci']"
-    )
-    with pytest.raises(ValueError, match=re.escape(message)):
-        Components.from_state_dict({"deci": {}})
 
 
 @pytest.mark.parametrize("level", ["weight", "tensor"])
@@ -352,9 +347,6 @@ def test_states_say_the_level_of_redundancy_and_older_ones_tell_it_by_shape(leve
     state = dataclasses.replace(SMALL, redundancy_level=level).components(calibration()).state_dict()
     assert Components.from_state_dict(state).level == state.pop("level") == level
     assert Components.from_state_dict(state).level == level
-    message = "level of components must be one of ['weight', 'tensor'], got 'x'"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        Components.from_state_dict(state | {"level": "x"})
 
 
 def test_three_modalities_share_beta():

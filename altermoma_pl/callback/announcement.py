@@ -18,15 +18,9 @@ if TYPE_CHECKING:
 def announce(
     callback: AlterMOMACallback, trainer: Trainer, components: Components | None, seconds: float
 ) -> None:
-    """Print one table, log the event's metrics and draw it.
+    """Print one table of the callback's latest event, log its metrics and draw it, with its components.
 
     Nothing is printed and logged in a barebones run; only the first process does any of it.
-
-    Args:
-        callback: Whose latest event it is.
-        trainer: The Trainer.
-        components: What the event measured, where the criterion has them.
-        seconds: How long it took.
     """
     report, event, masks, name = callback.report(), callback.events[-1], callback.masks, callback.name
     folder = _folder(trainer, callback.output_dir, name)  # asks all processes: before any of them returns

@@ -14,11 +14,7 @@ from altermoma_pl.granularity.channels.resizing import KEY, reshape_like_
 
 
 def load_checkpoint(path: str, trust: bool = False) -> dict[str, Any]:
-    """What `torch.save` wrote.
-
-    Args:
-        path: The checkpoint.
-        trust: Load objects other than tensors and builtins too, which can run code.
+    """What `torch.save` wrote; with `trust` also other objects than tensors and builtins, which can run code.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -39,14 +35,7 @@ def load_checkpoint(path: str, trust: bool = False) -> dict[str, Any]:
 
 
 def pruning_states_of(checkpoint: dict[str, Any], path: str) -> dict[str, PruningState]:
-    """The callbacks' states in a Lightning checkpoint, checked against the checkpoint's weights.
-
-    Args:
-        checkpoint: What was read.
-        path: From where.
-
-    Returns:
-        Name of the callback, "" if it has none -> its state.
+    """Name of each callback in a Lightning checkpoint, "" if it has none -> its state.
 
     Raises:
         ValueError: If it holds no pruning state, a damaged one, or weights that are not zero where its masks

@@ -17,18 +17,11 @@ from altermoma_pl.mask.top_k import Scope
 
 @dataclass
 class Held:
-    """The state of pruning; during fit what enforces its masks, and what was found in the model.
-
-    Args:
-        state: What is saved.
-        enforcement: Of masks; None outside of fit.
-        traced: The channels, where those are pruned, from the start of training on.
-        input_dims: Parameter name -> its dimension of inputs, of those where it is not 1.
-    """
+    """The state of pruning; during fit what enforces its masks, and what was found in the model."""
 
     state: PruningState = field(default_factory=PruningState)
-    enforcement: Enforcement | None = None
-    traced: Traced | None = None
+    enforcement: Enforcement | None = None  # outside of fit
+    traced: Traced | None = None  # until training starts, and where no channels are pruned
     input_dims: dict[str, int] = field(default_factory=dict)
 
     @property

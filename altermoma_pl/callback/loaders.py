@@ -22,12 +22,8 @@ class Batches:
     """Numbered batches of some loaders, one after the other, on the Trainer's device.
 
     Every iteration gives the same order, for loaders that draw from a generator of torch: those of the
-    loaders themselves are rewound here, the global one is seeded by whoever iterates.
-
-    Args:
-        trainer: Moves batches to the device.
-        loaders: The loaders.
-        limit: What the Trainer calls `limit_..._batches`, for each loader: a number or a share.
+    loaders themselves are rewound here, the global one is seeded by whoever iterates. The limit of each
+    loader is a number of batches or a share, as the Trainer's `limit_..._batches`.
     """
 
     def __init__(self, trainer: Trainer, loaders: Sequence[Iterable[Any]], limit: int | float) -> None:
@@ -53,17 +49,10 @@ class Batches:
 
 
 def probe_batches(trainer: Trainer, module: LightningModule, which: ProbeLoader) -> Batches:
-    """Held-out batches for gradients.
+    """Held-out batches for gradients; a `ValueError` if there is no such loader.
 
-    Args:
-        trainer: The Trainer, in fit.
-        module: Its module.
-        which: "calibration": the loader that `calibration_dataloader()` of the datamodule or module
-            returns; "validation" or "training": the Trainer's; "auto": the first of calibration and
-            validation that exists.
-
-    Raises:
-        ValueError: If there is no such loader.
+    "calibration" is the loader that `calibration_dataloader()` of the datamodule or module returns,
+    "validation" and "training" are the Trainer's, "auto" is the first of the first two that exists.
     """
     if which == "training":
         return training_batches(trainer)
@@ -72,7 +61,7 @@ def probe_batches(trainer: Trainer, module: LightningModule, which: ProbeLoader)
     if calibration is not None and which != "validation":
         # It exists for scoring alone: only a fast_dev_run limits it, not limit_val_batches.
         limit = trainer.limit_val_batches if is_trial(trainer) else 1.0
-        return Batches(trainer, [_own_share(loader) for loader in _as_list(calibration())], limit)
+        return Batches(trainer, [_Share(loader) for loader in _as_list(calibration())], limit)
     if which == "calibration":
         raise ValueError(
             "loader='calibration' needs a method `calibration_dataloader()` on the datamodule or the "
@@ -113,23 +102,18 @@ class _Combined:
 
 
 class _Share:
-    """Every n-th batch of a loader that all n processes have alike."""
+    """Every n-th batch of a loader that all n processes have alike; all where it is divided already."""
 
     def __init__(self, loader: Any) -> None:
+        divided = isinstance(getattr(loader, "sampler", None), DistributedSampler)
         self.loader = loader
+        self.first, self.step = (0, 1) if divided else (rank(), num_processes())
 
     def __iter__(self) -> Iterator[Any]:
-        return itertools.islice(_private(self.loader), rank(), None, num_processes())
+        return itertools.islice(_private(self.loader), self.first, None, self.step)
 
     def __len__(self) -> int:
-        return -(-(len(self.loader) - rank()) // num_processes())
-
-
-def _own_share(loader: Any) -> Any:
-    """The loader itself where it is divided among processes already, as the Trainer divides its own."""
-    sampler = getattr(loader, "sampler", None)
-    divided = num_processes() == 1 or isinstance(sampler, DistributedSampler)
-    return loader if divided else _Share(loader)
+        return -(-(len(self.loader) - self.first) // self.step)
 
 
 def _as_list(loaders: Any) -> list[Any]:

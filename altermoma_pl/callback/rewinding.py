@@ -54,12 +54,7 @@ class RewindPoint:
 
     @torch.no_grad()
     def restore_(self, trainer: Trainer, module: LightningModule) -> None:
-        """Bring the state back in place, as often as asked.
-
-        Raises:
-            ValueError: If parameters, buffers, optimizers or schedulers are not those of that time;
-                nothing is changed then.
-        """
+        """Bring the state back in place, as often as asked; what `check_fits` refuses changes nothing."""
         self.check_fits(trainer, module)
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         for name, live in [*module.named_parameters(), *module.named_buffers()]:

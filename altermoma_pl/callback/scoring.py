@@ -67,10 +67,7 @@ def trace_channels(
     """The channels of the module, which is left as it was, as are random numbers and loaders.
 
     With several processes each tries on a batch of its own, and those that the first has found are taken.
-
-    Raises:
-        ModuleNotFoundError: Without torch-pruning.
-        ValueError: As `find_channels`, or if there is no batch.
+    Errors are those of `find_channels`, and a `ValueError` if there is no batch.
     """
     with together(ValueError), scoring_batches(callback, trainer, module, True) as (probes, _, _):
         batch = next(iter(probes), None)
@@ -147,9 +144,8 @@ def memory_advice() -> Iterator[None]:
 def loss_function(trainer: Trainer, module: LightningModule) -> LossFunction:
     """`pruning_loss(batch, batch_idx)` of the module where it exists, else its `training_step`.
 
-    In the Trainer's precision, except that there is no autocast: weights in float32 are scored so.
-
-    The function that is returned takes `(batch_idx, batch)` pairs, as `loaders.Batches` yields them.
+    In the Trainer's precision, except that there is no autocast: weights in float32 are scored so. It is a
+    function of the model and `(batch_idx, batch)`, as `loaders.Batches` yields them.
     """
     step = _bind(module, _step_name(module))
     mixed = str(trainer.precision).endswith("mixed")
@@ -164,12 +160,7 @@ def loss_function(trainer: Trainer, module: LightningModule) -> LossFunction:
 
 
 def check_step(module: LightningModule) -> None:
-    """Raise before training if the module's loss cannot be computed by calling one function.
-
-    Raises:
-        ValueError: If the module optimises manually and has no `pruning_loss`, or its step takes an
-            iterator.
-    """
+    """Raise a `ValueError` before training if the module's loss is not that of one call of a function."""
     if not module.automatic_optimization and _step_name(module) == "training_step":
         raise ValueError(
             f"{type(module).__name__} uses manual optimization, so its training_step changes weights and "

@@ -157,11 +157,7 @@ class PruningState:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> PruningState:
-        """Rebuild from `state_dict()`: the one place that reads it, and tells of all that is wrong with it.
-
-        Raises:
-            ValueError: If the format is unknown, or a part is missing, unknown or damaged.
-        """
+        """Rebuild from `state_dict()`: the one place that reads it; a `ValueError` tells what is wrong."""
         found = state.get("format", _FORMAT) if isinstance(state, dict) else _FORMAT
         if type(found) is not int or found != _FORMAT:
             raise ValueError(
@@ -228,15 +224,18 @@ class PruningState:
         if decision.num_skipped:
             event["num_skipped"] = decision.num_skipped
         if traced is not None:
-            event |= _of_channels(traced, decision.masks)
+            kept = {name: int(flags.sum()) for name, flags in traced.channels.kept(decision.masks).items()}
+            full = {name: group.num_channels for name, group in traced.channels.items()}
+            event |= {
+                "widths": {name: [kept[name], full[name]] for name in full},
+                "channels": 1 - sum(kept.values()) / sum(full.values()),
+                "flops": 1 - traced.flops(kept) / traced.flops.total,
+                "declared": {name: dict(sides) for name, sides in traced.declared.items()},
+            }
         self.events.append(event)
 
     def report(self) -> SparsityReport:
-        """What is pruned where.
-
-        Raises:
-            ValueError: If there are no masks.
-        """
+        """What is pruned where; a `ValueError` if there are no masks."""
         if self.masks is None:
             raise ValueError("there are no masks to report on: nothing was pruned yet")
         event = self.events[-1] if self.events else {}
@@ -245,15 +244,3 @@ class PruningState:
             return report
         shown = tuple(name for name, mask in self.masks.items() if mask.ndim > 1)
         return replace(report, shown=shown, removed={"channels": event["channels"], "FLOPs": event["flops"]})
-
-
-def _of_channels(traced: Traced, masks: Masks) -> dict[str, Any]:
-    """How wide each group of channels is, and the shares that are gone."""
-    widths = {name: int(flags.sum()) for name, flags in traced.channels.kept(masks).items()}
-    full = {name: group.num_channels for name, group in traced.channels.items()}
-    return {
-        "widths": {name: [widths[name], full[name]] for name in full},
-        "channels": 1 - sum(widths.values()) / sum(full.values()),
-        "flops": 1 - traced.flops(widths) / traced.flops.total,
-        "declared": {name: dict(sides) for name, sides in traced.declared.items()},
-    }

@@ -17,15 +17,10 @@ from altermoma_pl.model.distributed import local
 
 
 class Enforcement:
-    """Sets pruned weights to zero after every step of every optimizer.
+    """Sets pruned weights to zero after every step of every optimizer that may move them.
 
     The step post hook is the one place that is reached after each real step, in automatic and manual
     optimization, with accumulation, and not after a step that a gradient scaler skips.
-
-    Args:
-        model: The model whose parameters the masks name.
-        masks: What to hold at zero.
-        optimizers: The optimizers that may move the weights.
     """
 
     def __init__(self, model: nn.Module, masks: Masks, optimizers: Sequence[Optimizer]) -> None:
@@ -119,14 +114,10 @@ def copies(callbacks: Iterable[object], module: nn.Module, masks: Masks) -> Iter
     """
     for callback in callbacks:
         for value in vars(callback).values():
-            if value is not module:
-                yield from _matching(_tensors(value), masks)
-
-
-def _tensors(value: Any) -> dict[str, Tensor]:
-    if isinstance(value, nn.Module):
-        return dict(value.named_parameters())
-    return {str(n): t for n, t in value.items() if isinstance(t, Tensor)} if isinstance(value, dict) else {}
+            if isinstance(value, nn.Module) and value is not module:
+                yield from _matching(dict(value.named_parameters()), masks)
+            elif isinstance(value, dict):
+                yield from _matching({str(n): t for n, t in value.items() if isinstance(t, Tensor)}, masks)
 
 
 def _matching(tensors: Mapping[str, Tensor], masks: Masks) -> Iterator[dict[str, Tensor]]:

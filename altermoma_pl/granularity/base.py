@@ -22,13 +22,7 @@ Sparsity = float | dict[str, float]
 
 @dataclass(frozen=True, eq=False)
 class Traced:
-    """The channels of a model, and what they compute.
-
-    Args:
-        channels: Groups of them.
-        flops: Of a forward pass.
-        declared: The groups that no graph could follow.
-    """
+    """The channels of a model, the FLOPs of its forward pass, and the groups that no graph could follow."""
 
     channels: Channels
     flops: FlopModel

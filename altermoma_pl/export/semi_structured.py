@@ -13,7 +13,7 @@ from altermoma_pl.mask.masks import Masks
 from altermoma_pl.mask.n_of_m import at_most
 
 _AMPERE = (8, 0)  # compute capability from which there are sparse tensor cores
-_MULTIPLES = {torch.float16: 16, torch.bfloat16: 16}  # of both dimensions, as cuSPARSELt needs them
+_MULTIPLE = 16  # of both dimensions, as cuSPARSELt needs them in float16 and bfloat16
 
 
 class SemiStructured(NamedTuple):
@@ -36,16 +36,16 @@ def device_obstacle(device: torch.device) -> str | None:
         name = "a CPU" if device.type == "cpu" else f"the device {device.type!r}"
         return (
             f"2:4 has no gain on {name}: the zeros are multiplied like other numbers, for PyTorch has "
-            f"kernels that pass over them on NVIDIA GPUs only, from Ampere on"
+            "kernels that pass over them on NVIDIA GPUs only, from Ampere on"
         )
     if not torch.cuda.is_available():
         return "PyTorch finds no CUDA device here"
     capability = torch.cuda.get_device_capability(device)
     if torch.version.hip is not None or capability < _AMPERE:
-        found = (
+        return (
+            "2:4 needs the sparse tensor cores of an NVIDIA GPU from Ampere on (8.0), this is "
             f"{torch.cuda.get_device_name(device)} with compute capability {capability[0]}.{capability[1]}"
         )
-        return f"2:4 needs the sparse tensor cores of an NVIDIA GPU from Ampere on (8.0), this is {found}"
     if not torch.backends.cusparselt.is_available():
         return "2:4 needs cuSPARSELt, without which this PyTorch was built: install an official CUDA build"
     return None
@@ -83,23 +83,21 @@ def to_semi_structured(model: nn.Module, masks: Masks) -> SemiStructured:
     masks.to(compressed).apply_(compressed)
     converted, dense = [], {}
     for name, mask in masks.items():
-        path, _, attribute = name.rpartition(".")
-        reason = (
-            _layer_obstacle(compressed, path, attribute)
-            or obstacles[parameters[name].device]
-            or _weight_obstacle(parameters[name], mask)
-        )
+        reason = _obstacle(compressed, name, obstacles[parameters[name].device], mask)
         if reason:
             dense[name] = reason
         else:
-            _compress_(compressed.get_submodule(path))
+            layer = compressed.get_submodule(name.rpartition(".")[0])
+            weight = layer.get_parameter("weight").detach().contiguous()
+            layer.weight = nn.Parameter(to_sparse_semi_structured(weight), requires_grad=False)
             converted.append(name)
     return SemiStructured(compressed, tuple(converted), dense)
 
 
-def _layer_obstacle(model: nn.Module, path: str, attribute: str) -> str | None:
-    """Why the parameter of this layer cannot be of another kind of tensor."""
-    layer = model.get_submodule(path)
+def _obstacle(model: nn.Module, name: str, of_device: str | None, mask: Tensor) -> str | None:
+    """Why this parameter cannot be compressed: its layer, the device, or what it holds."""
+    path, _, attribute = name.rpartition(".")
+    layer, weight = model.get_submodule(path), model.get_parameter(name)
     if type(layer) is not nn.Linear or attribute != "weight":
         return f"{attribute!r} of {type(layer).__name__}: only the weight of an nn.Linear can be compressed"
     parent = model.get_submodule(path.rpartition(".")[0])
@@ -108,21 +106,12 @@ def _layer_obstacle(model: nn.Module, path: str, attribute: str) -> str | None:
             "nn.TransformerEncoderLayer reads its weights without calling the layer: call "
             "torch.backends.mha.set_fastpath_enabled(False) first"
         )
-    return None
-
-
-def _weight_obstacle(weight: Tensor, mask: Tensor) -> str | None:
-    """Why this matrix cannot be compressed."""
-    multiple = _MULTIPLES.get(weight.dtype)
-    if multiple is None:
+    if of_device:
+        return of_device
+    if weight.dtype not in (torch.float16, torch.bfloat16):
         return f"{weight.dtype}: turn the model into float16 or bfloat16 first, by .half() or .bfloat16()"
-    if not weight.numel() or any(length % multiple for length in weight.shape):
-        return f"shape {tuple(weight.shape)}: both dimensions must be multiples of {multiple}"
+    if not weight.numel() or any(length % _MULTIPLE for length in weight.shape):
+        return f"shape {tuple(weight.shape)}: both dimensions must be multiples of {_MULTIPLE}"
     if not at_most(mask, 2, 4):
         return "more than 2 weights of some 4 consecutive inputs stay"
     return None
-
-
-def _compress_(layer: nn.Module) -> None:
-    weight = layer.get_parameter("weight").detach().contiguous()
-    layer.weight = nn.Parameter(to_sparse_semi_structured(weight), requires_grad=False)

@@ -6,10 +6,9 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -19,10 +18,6 @@ from altermoma_pl.callback.checkpoints import load_checkpoint, pruning_states_of
 from altermoma_pl.granularity.channels.resizing import KEY
 from altermoma_pl.report import figures as drawing
 from altermoma_pl.report.tables import to_json
-
-if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
-
 
 _DESCRIPTION = "Train and prune a fusion model, see what is left of it, export it, compare ways to prune."
 
@@ -70,12 +65,7 @@ class AlterMOMACLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """The Trainer's methods that make sense for a pruned model, and their arguments to skip."""
-        loaders = {"model", "dataloaders", "datamodule"}
-        return {
-            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
-            "validate": loaders,
-            "test": loaders,
-        }
+        return {name: LightningCLI.subcommands()[name] for name in ("fit", "validate", "test")}
 
 
 def main(args: list[str] | None = None) -> None:
@@ -141,69 +131,57 @@ def _joined(reports: Mapping[str, Any], format: str) -> str:
 
 def _report(arguments: list[str]) -> None:
     """Show what a checkpoint keeps, per layer and per modality."""
-    parser = _parser("report", _report)
-    _add_options(parser, report)
-    options = parser.parse_args(arguments)
-    with _in_one_line(parser, ModuleNotFoundError, OSError, ValueError, code=2):
-        sys.stdout.write(report(**options).rstrip() + "\n")
+    kinds = (ModuleNotFoundError, OSError, ValueError)
+    sys.stdout.write(_run("report", report, arguments, kinds, code=2).rstrip() + "\n")
 
 
 def _export(arguments: list[str]) -> None:
     """Write the model of a checkpoint, smaller where channels are pruned."""
     from altermoma_pl.export import export
 
-    parser = _parser("export", _export)
-    _add_options(parser, export)
-    options = parser.parse_args(arguments)
-    with _in_one_line(parser, ModuleNotFoundError, OSError, ValueError):
-        exported = export(**options)
+    exported = _run("export", export, arguments, (ModuleNotFoundError, OSError, ValueError))
     costs = [exported.costs.to_text()] if exported.costs else []
     sys.stdout.write("\n".join([*costs, *exported.notes, f"Written: {exported.path}\n"]))
 
 
 def _compare(arguments: list[str]) -> None:
     """Compare criteria on a benchmark. Start it again after a stop or a kill, and it goes on where it was."""
-    parser = _parser("compare", _compare)
     try:
         from altermoma_pl.compare import compare
     except ModuleNotFoundError as error:
-        parser.exit(1, f"altermoma compare needs {error.name}: pip install 'altermoma-pl[compare]'\n")
-    parser.add_argument("--config", action="config", help="a YAML file with the options below")
-    parser.add_function_arguments(compare, as_positional=False)
-    options = parser.parse_args(arguments)
-    with _in_one_line(parser, OSError, RuntimeError, ValueError):
-        options = parser.instantiate(options)
-        del options["config"]
-        compare(**options)
+        sys.stderr.write(f"altermoma compare needs {error.name}: pip install 'altermoma-pl[compare]'\n")
+        sys.exit(1)
+    _run("compare", compare, arguments, (OSError, RuntimeError, ValueError))
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {"report": _report, "export": _export, "compare": _compare}
 """What is not a method of the Trainer: name -> what runs it; the docstring is its help."""
 
 
-def _parser(name: str, command: Callable[[list[str]], None]) -> ArgumentParser:
+def _run(name: str, function: Callable[..., Any], arguments: list[str], kinds: Any, code: int = 1) -> Any:
+    """What a command's function returns. Its parameters are the options, its docstring is their help.
+
+    Errors of these kinds end it without usage: what was asked for is well formed.
+    """
+    from docstring_parser import parse
     from jsonargparse import ArgumentParser
 
-    return ArgumentParser(prog=f"altermoma {name}", description=command.__doc__)
-
-
-def _add_options(parser: ArgumentParser, function: Callable[..., Any]) -> None:
-    """The function's `checkpoint` by its position and the rest as options, with its docstring as help."""
-    from docstring_parser import parse
-
+    parser = ArgumentParser(prog=f"altermoma {name}", description=COMMANDS[name].__doc__)
     helps = {each.arg_name: each.description for each in parse(function.__doc__ or "").params}
+    if "checkpoint" in helps:
+        parser.add_argument("checkpoint", help=helps["checkpoint"])
+    else:
+        parser.add_argument("--config", action="config", help="a YAML file with the options below")
     # jsonargparse by itself wants `--trust true`.
-    flags = [name for name, kind in get_type_hints(function).items() if kind is bool]
-    parser.add_argument("checkpoint", help=helps["checkpoint"])
+    flags = [option for option, kind in get_type_hints(function).items() if kind is bool]
     parser.add_function_arguments(function, skip={"checkpoint", *flags})
-    for name in flags:
-        parser.add_argument(f"--{name}", action="store_true", help=helps[name])
-
-
-@contextmanager
-def _in_one_line(parser: ArgumentParser, *kinds: type[Exception], code: int = 1) -> Iterator[None]:
-    """End with errors of these kinds, without usage: what was asked for is well formed."""
+    for option in flags:
+        parser.add_argument(f"--{option}", action="store_true", help=helps[option])
+    options = parser.parse_args(arguments)
     try:
-        yield
+        options = parser.instantiate(options)
+        if "checkpoint" not in helps:
+            del options["config"]
+        return function(**options)
     except kinds as error:
         parser.exit(code, f"{parser.prog}: error: {error}\n")

@@ -62,15 +62,11 @@ def save(drawn: Mapping[str, Figure], folder: Path) -> None:
 def kept_per_layer(report: SparsityReport) -> Figure:
     """Horizontal bars: the share of each layer that stays, coloured by modality."""
     colours = _colours(report.groups)
-    figure, axes = _bar_axes(
-        len(report.rows),
-        {f"{group}: {total.kept:.3f}": colours[group] for group, total in report.groups.items()},
-    )
-    axes.barh(
-        [layer.name.removesuffix(".weight") for layer in report.rows],
-        [layer.kept for layer in report.rows],
-        color=[colours[layer.group] for layer in report.rows],
-    )
+    legend = {f"{group}: {total.kept:.3f}": colours[group] for group, total in report.groups.items()}
+    figure, axes = _bar_axes(len(report.rows), legend)
+    names = [layer.name.removesuffix(".weight") for layer in report.rows]
+    own = [colours[layer.group] for layer in report.rows]
+    axes.barh(names, [layer.kept for layer in report.rows], color=own)
     axes.axvline(1 - report.sparsity, color="black", linewidth=0.8, linestyle="--")
     axes.set_xlim(0, 1)
     axes.set_xlabel(f"share of weights kept (dashed: whole model, {1 - report.sparsity:.3f})")

@@ -11,15 +11,16 @@ from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule
+from torch import nn
 
 from altermoma_pl.callback import AlterMOMACallback
 from altermoma_pl.callback.checkpoints import load_checkpoint, pruning_states_of
 from altermoma_pl.callback.state import PruningState
 from altermoma_pl.export.costs import CostReport, measure, time_onnx
-from altermoma_pl.export.costs.timing import quartiles
+from altermoma_pl.export.costs.measuring import quartiles
 from altermoma_pl.export.files import check_onnx, to_onnx, to_torch_export, whole
+from altermoma_pl.export.program import example_tensors
 from altermoma_pl.export.run import Run
-from altermoma_pl.export.tensors import example_tensors
 from altermoma_pl.granularity.channels.groups import owners
 from altermoma_pl.granularity.channels.resizing import KEY, reshape_like_, slim_entry, slim_optimizer_states
 from altermoma_pl.granularity.channels.slimming import Slim, slim
@@ -81,23 +82,27 @@ def export(
             are missing or refused, options do not go together, or the model cannot be slimmed or exported.
     """
     path = Path(output or checkpoint.removesuffix(".ckpt") + SUFFIXES[format])
-    _check_options(path, checkpoint, format, recalibrate, validate, opset, repeats)
+    if path.resolve() == Path(checkpoint).resolve():
+        raise ValueError(f"--output {path} is the checkpoint itself: give another file")
+    _check_options(format, recalibrate, validate, opset, repeats)
     saved = load_checkpoint(checkpoint, trust)
     states = {} if KEY in saved else pruning_states_of(saved, checkpoint)
     run = Run.load(config)
-    _check_data(run, recalibrate=recalibrate, validate=validate)
+    for option, value in {"recalibrate": recalibrate, "validate": validate}.items():
+        if value and run.data is None:
+            raise ValueError(f"--{option} needs `data:` in the configuration, for batches")
     inputs = run.example_inputs()
     models, slimmed = _models(run.module, saved, states, checkpoint, inputs)
-    notes = _notes(models, slimmed)
-    if format == "checkpoint":
-        _check_slimmed(models, slimmed, checkpoint)
+    notes = _notes(models, slimmed, format, checkpoint)
     name, model = [*models.items()][-1]
     if recalibrate:
         model = models[f"{name}, recalibrated"] = run.recalibrated(model, recalibrate)
     batches = run.inputs_of(BATCHES) if repeats else {}
     costs = None
     if repeats:
-        notes += _other_batches(batches)
+        if tuple(batches) != BATCHES:
+            sizes, wanted = (" and ".join(map(str, each)) for each in (batches, BATCHES))
+            notes.append(f"Measured with batches of {sizes}, not of {wanted}: the data does not give those.")
         metrics = {key: run.validated(models[key]) for key in [*models][1:] if validate}
         costs = measure(models, batches, repeats=repeats, metrics=metrics)
     if format == "checkpoint" and slimmed is not None:
@@ -111,21 +116,12 @@ def export(
         to_onnx(model, inputs, path, opset=opset)
         gap = check_onnx(path, model, inputs)
         notes.append(f"onnxruntime differs from torch by {gap:.1e}, relative to the outputs.")
-        notes += _onnx_times(path, models["dense"], inputs, batches, opset, repeats)
+        if batches:
+            notes += _onnx_times(path, models["dense"], inputs, batches, opset, repeats)
     return Exported(path, costs, tuple(notes))
 
 
-def _check_options(
-    path: Path,
-    checkpoint: str,
-    format: Format,
-    recalibrate: int,
-    validate: bool,
-    opset: int | None,
-    repeats: int,
-) -> None:
-    if path.resolve() == Path(checkpoint).resolve():
-        raise ValueError(f"--output {path} is the checkpoint itself: give another file")
+def _check_options(format: str, recalibrate: int, validate: bool, opset: int | None, repeats: int) -> None:
     if opset is not None and format != "onnx":
         raise ValueError(f"--opset is of ONNX, the format is {format!r}: give --format onnx")
     for name, value in {"recalibrate": recalibrate, "repeats": repeats}.items():
@@ -135,28 +131,24 @@ def _check_options(
         raise ValueError("--validate shows its metrics beside the costs: give --repeats 1 or more")
 
 
-def _check_data(run: Run, **wanted: int) -> None:
-    for name in [name for name, value in wanted.items() if value and run.data is None]:
-        raise ValueError(f"--{name} needs `data:` in the configuration, for batches")
-
-
 def _models(
-    module: LightningModule,
-    saved: Mapping[str, Any],
-    states: Mapping[str, PruningState],
-    path: str,
-    inputs: tuple[Any, ...],
+    module: LightningModule, saved: Any, states: Mapping[str, PruningState], path: str, inputs: Any
 ) -> tuple[dict[str, LightningModule], Slim | None]:
     """The dense, the masked and the slim model, as far as there are such; what was removed for the last."""
     models = {"dense": copy.deepcopy(module.eval())}
+    masks = Masks({name: mask for state in states.values() for name, mask in (state.masks or {}).items()})
     if KEY in saved:
         reshape_like_(module, saved["state_dict"], saved[KEY])
-        _load_weights_(module, saved, path)
-        return models | {"slim": module}, None
-    masks = Masks({name: mask for state in states.values() for name, mask in (state.masks or {}).items()})
-    if not masks or masks.sparsity == 0:
+    elif not masks or masks.sparsity == 0:
         raise ValueError(f"{path} is not pruned: its masks keep everything; give a checkpoint after an event")
-    _load_weights_(module, saved, path)
+    try:
+        module.load_state_dict(saved["state_dict"])
+    except RuntimeError as error:
+        raise ValueError(
+            f"the weights of {path} do not fit {type(module).__name__} as it is configured: {error}"
+        ) from error
+    if KEY in saved:
+        return models | {"slim": module}, None
     models["masked"] = module
     latest = [state.events[-1] for state in states.values() if state.events]
     # Rows can be empty in masks of single weights, too: what was pruned is told by the latest event.
@@ -167,37 +159,25 @@ def _models(
     return models | {"slim": cast(LightningModule, slimmed.model)}, slimmed
 
 
-def _load_weights_(module: LightningModule, saved: Mapping[str, Any], path: str) -> None:
-    try:
-        module.load_state_dict(saved["state_dict"])
-    except RuntimeError as error:
-        raise ValueError(
-            f"the weights of {path} do not fit {type(module).__name__} as it is configured: {error}"
-        ) from error
+def _notes(models: Mapping[str, Any], slimmed: Slim | None, format: str, path: str) -> list[str]:
+    """What a user should know of the models.
 
-
-def _notes(models: Mapping[str, Any], slimmed: Slim | None) -> list[str]:
-    if "slim" not in models:
-        return ["Single weights are pruned: zeros in dense tensors take as much time as others."]
-    return [f"{layer}: {why}" for layer, why in slimmed.still_masked.items()] if slimmed else []
-
-
-def _check_slimmed(models: Mapping[str, Any], slimmed: Slim | None, path: str) -> None:
-    if "slim" not in models:
+    Raises:
+        ValueError: If they are to be a checkpoint, and no channels were removed now.
+    """
+    if slimmed is not None:
+        return [f"{layer}: {why}" for layer, why in slimmed.still_masked.items()]
+    if format == "checkpoint" and "slim" in models:
+        raise ValueError(f"{path} is of a slim model already: give --format torch-export or onnx")
+    if format == "checkpoint":
         raise ValueError(
             f"{path} has single weights pruned: there are no channels to remove, and the checkpoint itself "
             "loads into the plain model; prune with granularity='channel', or give --format torch-export or "
             "onnx"
         )
-    if slimmed is None:
-        raise ValueError(f"{path} is of a slim model already: give --format torch-export or onnx")
-
-
-def _other_batches(batches: Mapping[int, Any]) -> list[str]:
-    if tuple(batches) == BATCHES:
+    if "slim" in models:
         return []
-    sizes, wanted = (" and ".join(map(str, each)) for each in (batches, BATCHES))
-    return [f"Measured with batches of {sizes}, not of {wanted}: the data does not give those."]
+    return ["Single weights are pruned: zeros in dense tensors take as much time as others."]
 
 
 def _slim_checkpoint(
@@ -229,16 +209,9 @@ def _slim_checkpoint(
 
 
 def _onnx_times(
-    path: Path,
-    dense: LightningModule,
-    inputs: tuple[Any, ...],
-    batches: Mapping[int, tuple[Any, ...]],
-    opset: int | None,
-    repeats: int,
+    path: Path, dense: nn.Module, inputs: Any, batches: Mapping[int, Any], opset: int | None, repeats: int
 ) -> list[str]:
     """A line for each batch size: the latency beside that of the dense model, which is written for this."""
-    if not batches:
-        return []
     notes, count = [], torch.get_num_threads()
     with TemporaryDirectory() as folder:
         files = {"dense": to_onnx(dense, inputs, Path(folder, "dense.onnx"), opset=opset), "file": path}

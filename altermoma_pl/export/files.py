@@ -16,9 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from altermoma_pl.export.program import exporters_silenced, first_line, program_of
-from altermoma_pl.export.tensors import example_tensors, map_inputs, output_tensors, shapes_of
+from altermoma_pl.export.program import (
+    example_tensors,
+    exporters_silenced,
+    first_line,
+    output_tensors,
+    program_of,
+    shapes_of,
+)  # fmt: skip
 from altermoma_pl.model.contexts import restored
+from altermoma_pl.model.inputs import as_arguments
 
 MAX_DIFFERENCE = 1e-4
 """Largest difference of an output of ONNX from that of torch, relative to its largest absolute value."""
@@ -35,10 +42,9 @@ def whole(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         yield Path(folder, path.name)
-        for written in sorted(
-            Path(folder).iterdir(), key=lambda each: each.name == path.name
-        ):  # it comes last
-            written.replace(path.with_name(written.name))
+        written = sorted(Path(folder).iterdir(), key=lambda each: each.name == path.name)  # it comes last
+        for each in written:
+            each.replace(path.with_name(each.name))
 
 
 def to_torch_export(model: nn.Module, example_inputs: Any, path: str | Path, dynamic: bool = True) -> Path:
@@ -88,18 +94,19 @@ def to_onnx(
     _require("onnx", "onnxscript")
     with whole(path) as temporary, restored(model), exporters_silenced():
         program, inputs, outputs = program_of(model, example_inputs, dynamic)
-        _check_names(model, inputs, outputs)
-        try:
-            converted = torch.onnx.export(
-                program,
-                input_names=inputs,
-                output_names=outputs,
-                opset_version=opset,
-                dynamo=True,
-                verbose=False,
+        both = [name for name in outputs if name in inputs]
+        if both:
+            raise ValueError(
+                f"the outputs {both} of {type(model).__name__} have the names of inputs, which ONNX does not "
+                "allow: rename these entries, or the arguments or entries of the inputs"
             )
+        names: dict[str, Any] = {"input_names": inputs, "output_names": outputs}
+        try:
+            converted = torch.onnx.export(program, **names, opset_version=opset, dynamo=True, verbose=False)
         except torch.onnx.OnnxExporterError as error:
-            raise ValueError(f"{type(model).__name__} has no ONNX: {_missing_operator(error)}") from error
+            found = re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'", str(error))
+            reason = f"there is no operator for {found[1]}" if found else first_line(error)
+            raise ValueError(f"{type(model).__name__} has no ONNX: {reason}") from error
         assert converted is not None  # noqa: S101  (it is with dynamo=True; for mypy)
         reached = converted.model.opset_imports[""]
         if opset not in (None, reached):
@@ -135,9 +142,9 @@ def check_onnx(path: str | Path, model: nn.Module, inputs: Any) -> float:
     _require("onnxruntime")
     import onnxruntime
 
-    with restored(model), torch.no_grad():
-        expected = output_tensors(model.eval()(*map_inputs(model, inputs, lambda _, tensor: tensor)))
     tensors = example_tensors(model, inputs)
+    with restored(model), torch.no_grad():
+        expected = output_tensors(model.eval()(*as_arguments(inputs)))
     options = onnxruntime.SessionOptions()
     # With several threads its ScatterND is not repeatable where indices repeat (microsoft/onnxruntime#23396).
     options.intra_op_num_threads = 1
@@ -165,15 +172,6 @@ def check_onnx(path: str | Path, model: nn.Module, inputs: Any) -> float:
     return largest
 
 
-def _check_names(model: nn.Module, inputs: list[str], outputs: list[str]) -> None:
-    both = [name for name in outputs if name in inputs]
-    if both:
-        raise ValueError(
-            f"the outputs {both} of {type(model).__name__} have the names of inputs, which ONNX does not "
-            "allow: rename these entries, or the arguments or entries of the inputs"
-        )
-
-
 def _relative_difference(found: Tensor, expected: Tensor) -> float:
     """Largest absolute difference over the scale of `expected`; infinite if shapes differ."""
     if found.shape != expected.shape:
@@ -184,11 +182,6 @@ def _relative_difference(found: Tensor, expected: Tensor) -> float:
     apart = (found - expected).abs().masked_fill(found == expected, 0)  # infinity minus itself is NaN
     scale = expected.abs()[expected.isfinite()].max().item() if expected.isfinite().any() else 0.0
     return float(apart.max().item() / (scale or 1.0))
-
-
-def _missing_operator(error: Exception) -> str:
-    found = re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'", str(error))
-    return f"there is no operator for {found[1]}" if found else first_line(error)
 
 
 def _require(*modules: str) -> None:

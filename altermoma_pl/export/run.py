@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from altermoma_pl.export.batch_norms import recalibrate_
-from altermoma_pl.export.tensors import example_tensors, map_inputs
+from altermoma_pl.export.program import example_tensors, map_inputs
+from altermoma_pl.model.contexts import modes_restored
 from altermoma_pl.model.inputs import as_arguments
 
 MAX_METRICS = 8
@@ -53,10 +53,9 @@ class Run:
         parser = ArgumentParser(exit_on_error=False)
         parser.add_subclass_arguments(LightningModule, "model", required=True)
         parser.add_subclass_arguments(LightningDataModule, "data", required=False)
+        wanted = {key: content[key] for key in ("model", "data") if content.get(key)}
         try:
-            options = parser.parse_object(
-                {key: content[key] for key in ("model", "data") if content.get(key)}
-            )
+            options = parser.parse_object(wanted)
         except ArgumentError as error:
             raise ValueError(f"{config}: {error}") from error
         made = parser.instantiate(options)
@@ -98,10 +97,10 @@ class Run:
         if self.module.example_input_array is None:
             loader = self._val_loader()
             if isinstance(loader, DataLoader) and loader.batch_sampler is not None:
-                return {
-                    size: (next(iter(DataLoader(loader.dataset, size, collate_fn=loader.collate_fn))),)
-                    for size in _within(sizes, loader.dataset)
-                }
+                data, collate = loader.dataset, loader.collate_fn
+                largest = len(data) if hasattr(data, "__len__") else max(sizes)
+                within = dict.fromkeys(min(size, largest) for size in sizes)
+                return {n: (next(iter(DataLoader(data, n, collate_fn=collate))),) for n in within}
         elif len(lengths) == 1 and 0 not in lengths:
             return {size: map_inputs(self.module, inputs, partial(_resized, size)) for size in sizes}
         return {max(1, len(tensors[0])) if tensors[0].ndim else 1: inputs}
@@ -113,10 +112,9 @@ class Run:
 
     def validated(self, model: LightningModule) -> dict[str, float]:
         """What a model logs in validation: what is meant for the progress bar, or else the first few."""
-        trainer = Trainer(
-            logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-            accelerator="cpu",
-        )  # fmt: skip
+        extras = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+        off: dict[str, Any] = dict.fromkeys(extras, False)
+        trainer = Trainer(accelerator="cpu", **off)
         # A copy, since a Trainer leaves itself in the module.
         results = trainer.validate(copy.deepcopy(model), datamodule=self.data, verbose=False)
         logged = {key: value for result in results for key, value in result.items()}
@@ -138,13 +136,43 @@ class Run:
         return model
 
 
-def _within(sizes: Sequence[int], dataset: Any) -> list[int]:
-    largest = len(dataset) if hasattr(dataset, "__len__") else max(sizes)
-    return [*dict.fromkeys(min(size, largest) for size in sizes)]
-
-
 def _resized(size: int, _: str, tensor: Tensor) -> Tensor:
     return tensor[torch.arange(size, device=tensor.device) % len(tensor)]
+
+
+@torch.no_grad()
+def recalibrate_(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any, Any], Any]) -> int:
+    """Set running means and variances of batch norms to the mean over batches, and count these.
+
+    In place. Nothing is trained, and all else runs in evaluation mode meanwhile. Ten training batches were
+    enough elsewhere (openvinotoolkit/nncf#41).
+
+    Raises:
+        ValueError: If no layer has running statistics, or there is no batch.
+    """
+    kind = nn.modules.batchnorm._BatchNorm
+    norms = [m for m in model.modules() if isinstance(m, kind) and m.running_mean is not None]
+    if not norms:
+        raise ValueError(f"{type(model).__name__} has no batch norm with running statistics to measure anew")
+    momenta = {norm: norm.momentum for norm in norms}
+    count = 0
+    try:
+        with modes_restored(model):
+            model.eval()
+            for norm in norms:
+                norm.train()
+                norm.momentum = None  # the mean over all batches, rather than a moving one
+            for count, batch in enumerate(batches, 1):
+                if count == 1:
+                    for norm in norms:
+                        norm.reset_running_stats()
+                forward(model, batch)
+    finally:
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
+    if count == 0:
+        raise ValueError("there is no batch to measure running statistics on")
+    return count
 
 
 def _predict(module: Any, batch: Any) -> Any:

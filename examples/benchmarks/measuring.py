@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from altermoma_pl.export.costs import timing
+from altermoma_pl.export.costs import measuring as costs
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ def in_turns(
 ) -> dict[str, list[float]]:
     """Seconds of each action: for every repetition the median of `times` runs.
 
-    The actions take turns, as `altermoma_pl.export.costs.timing` says. Each runs once before, not measured.
+    Actions take turns, as in `altermoma_pl.export.costs.measuring`. Each runs once before, not measured.
     """
-    taken = timing.in_turns(actions, repeats * times, device=device)
+    taken = costs.in_turns(actions, repeats * times, device=device)
     return {
         name: [statistics.median(values[start : start + times]) for start in range(0, len(values), times)]
         for name, values in taken.items()

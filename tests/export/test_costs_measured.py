@@ -10,7 +10,7 @@ from torch import nn
 
 from altermoma_pl.export import example_tensors, to_onnx
 from altermoma_pl.export.costs import measure, peak_memory, time_onnx
-from altermoma_pl.export.costs.timing import in_turns, quartiles
+from altermoma_pl.export.costs.measuring import in_turns, quartiles
 from tests.helpers.models import snapshot
 
 ROW = torch.ones(1, 4)

@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from altermoma_pl.report.tables import Table, to_csv, to_json
 
@@ -48,13 +47,10 @@ class Costs:
     def values(self) -> dict[str, float | None]:
         """Every number by its name, as "flops", "latency.1.median", "metrics.mIoU"; None if not finite."""
         counts = ("num_parameters", "num_nonzero", "flops", "peak_memory", "file_bytes", "compressed_bytes")
+        quartiles = ("median", "low", "high")
         return {
             **{name: getattr(self, name) for name in counts},
-            **{
-                f"latency.{own.batch}.{quartile}": getattr(own, quartile)
-                for own in self.latency
-                for quartile in ("median", "low", "high")
-            },
+            **{f"latency.{own.batch}.{q}": getattr(own, q) for own in self.latency for q in quartiles},
             **{f"metrics.{n}": value if math.isfinite(value) else None for n, value in self.metrics.items()},
         }
 
@@ -146,18 +142,15 @@ class CostReport:
         """
         try:
             content = json.loads(text)
-            return cls(content["batch"], {name: _costs_from(own) for name, own in content["costs"].items()})
+            for own in content["costs"].values():
+                own["latency"] = tuple(Latency(**each) for each in own["latency"])
+                own["uncounted"] = tuple(own["uncounted"])
+                own["metrics"] = {n: math.nan if v is None else v for n, v in own["metrics"].items()}
+            return cls(content["batch"], {name: Costs(**own) for name, own in content["costs"].items()})
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"this is no cost report, as CostReport.to_json writes it: {type(error).__name__}: {error}"
             ) from error
-
-
-def _costs_from(content: dict[str, Any]) -> Costs:
-    latency = tuple(Latency(**own) for own in content["latency"])
-    metrics = {name: math.nan if value is None else value for name, value in content["metrics"].items()}
-    given = {"latency": latency, "metrics": metrics, "uncounted": tuple(content["uncounted"])}
-    return Costs(**(content | given))
 
 
 def _scaled(value: float | None, unit: str = "") -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from altermoma_pl.export.batch_norms import recalibrate_
+from altermoma_pl.export.run import recalibrate_
 from altermoma_pl.granularity.channels.resizing import (
     Resizing,
     reshape_like_,

@@ -6,7 +6,7 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -104,21 +104,20 @@ def report(
     if figures and not drawing.available():
         raise ModuleNotFoundError("--figures needs matplotlib: pip install 'altermoma-pl[plot]'")
     saved = load_checkpoint(checkpoint, trust)
+    reports: dict[str, Any]  # of callbacks by name, most often of one without a name
     if KEY in saved:
-        slim = SlimReport.of(saved[KEY])
-        if figures:
-            drawing.save(slim.draw(), Path(figures))
-        return _joined({"": slim}, format)
-    states = pruning_states_of(saved, checkpoint)
-    reports = {name: state.report() for name, state in states.items()}
-    for name, state in states.items() if figures else ():
-        drawn = drawing.draw_pruning(reports[name], state.events, state.components, state.masks)
-        drawing.save(drawn, Path(figures or "") / name)
-    return _joined(reports, format)
-
-
-def _joined(reports: Mapping[str, Any], format: str) -> str:
-    """The reports of callbacks by name, most often of one without a name, as one text."""
+        reports = {"": SlimReport.of(saved[KEY])}
+        drawn = {"": reports[""].draw()} if figures else {}
+    else:
+        states = pruning_states_of(saved, checkpoint)
+        reports = {name: state.report() for name, state in states.items()}
+        drawn = {
+            name: drawing.draw_pruning(reports[name], state.events, state.components, state.masks)
+            for name, state in states.items()
+            if figures
+        }
+    for name, each in drawn.items():
+        drawing.save(each, Path(figures or "") / name)
     if format == "table":
         titles = {name: [f"{name}: kept weights"] if name else [] for name in reports}
         return "\n\n".join(each.to_text(*titles[name]) for name, each in reports.items())

@@ -82,9 +82,7 @@ def export(
             are missing or refused, options do not go together, or the model cannot be slimmed or exported.
     """
     path = Path(output or checkpoint.removesuffix(".ckpt") + SUFFIXES[format])
-    if path.resolve() == Path(checkpoint).resolve():
-        raise ValueError(f"--output {path} is the checkpoint itself: give another file")
-    _check_options(format, recalibrate, validate, opset, repeats)
+    _check_options(path, checkpoint, format, recalibrate, validate, opset, repeats)
     saved = load_checkpoint(checkpoint, trust)
     states = {} if KEY in saved else pruning_states_of(saved, checkpoint)
     run = Run.load(config)
@@ -106,8 +104,10 @@ def export(
         metrics = {key: run.validated(models[key]) for key in [*models][1:] if validate}
         costs = measure(models, batches, repeats=repeats, metrics=metrics)
     if format == "checkpoint" and slimmed is not None:
-        content, left_out = _slim_checkpoint(saved, states, models["masked"], slimmed, model, costs)
+        content, left_out = _slim_checkpoint(saved, states, models["masked"], slimmed, model)
         notes += left_out
+        if costs is not None:
+            content[KEY]["costs"] = costs.to_json()
         with whole(path) as temporary:
             torch.save(content, temporary)
     elif format == "torch-export":
@@ -121,7 +121,11 @@ def export(
     return Exported(path, costs, tuple(notes))
 
 
-def _check_options(format: str, recalibrate: int, validate: bool, opset: int | None, repeats: int) -> None:
+def _check_options(
+    path: Path, source: str, format: str, recalibrate: int, validate: bool, opset: int | None, repeats: int
+) -> None:
+    if path.resolve() == Path(source).resolve():
+        raise ValueError(f"--output {path} is the checkpoint itself: give another file")
     if opset is not None and format != "onnx":
         raise ValueError(f"--opset is of ONNX, the format is {format!r}: give --format onnx")
     for name, value in {"recalibrate": recalibrate, "repeats": repeats}.items():
@@ -181,12 +185,7 @@ def _notes(models: Mapping[str, Any], slimmed: Slim | None, format: str, path: s
 
 
 def _slim_checkpoint(
-    saved: Mapping[str, Any],
-    states: Mapping[str, PruningState],
-    masked: LightningModule,
-    slimmed: Slim,
-    model: LightningModule,
-    costs: CostReport | None,
+    saved: Any, states: Mapping[str, PruningState], masked: nn.Module, slimmed: Slim, model: nn.Module
 ) -> tuple[dict[str, Any], list[str]]:
     """The checkpoint with what is left, which Lightning can resume from, and a note on what is not in it."""
     notes = []
@@ -200,8 +199,6 @@ def _slim_checkpoint(
     for state in states.values():
         modality_of |= state.group_of
     entry = slim_entry(slimmed.attributes, slimmed.widths, owners(slimmed.channels, modality_of))
-    if costs is not None:
-        entry["costs"] = costs.to_json()
     own = AlterMOMACallback.__name__
     callbacks = {key: each for key, each in saved.get("callbacks", {}).items() if not key.startswith(own)}
     changed = {"state_dict": model.state_dict(), "optimizer_states": optimizers, "callbacks": callbacks}

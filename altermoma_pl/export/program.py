@@ -129,9 +129,8 @@ def program_of(
     tensors = example_tensors(model, example_inputs)
     model.eval()
     with torch.no_grad():
-        named = _by_name(model, example_inputs, list(tensors))
         try:
-            outputs = list(named(**tensors))
+            outputs = list(output_tensors(model(*as_arguments(example_inputs))))
         except Exception as error:  # of the model, of any kind
             where = _innermost(model, error) or type(model).__name__
             raise ValueError(
@@ -140,7 +139,7 @@ def program_of(
             ) from error
         if not outputs:
             raise ValueError(f"{type(model).__name__} gives no tensor: nothing can be exported")
-        program = _exported_program(named, tensors, dynamic, model)
+        program = _exported_program(model, example_inputs, tensors, dynamic)
         read = {node.name for node in program.graph.nodes if node.op == "placeholder" and node.users}
         inputs = zip(tensors.items(), program.graph_signature.user_inputs, strict=True)
         used = {name: tensor for (name, tensor), node in inputs if node in read}
@@ -151,14 +150,26 @@ def program_of(
                 "traced: give an example of at least two, or dynamic=False"
             )
         if len(used) < len(tensors):
-            named = _by_name(model, example_inputs, list(used))
-            program = _exported_program(named, used, dynamic, model)
+            program = _exported_program(model, example_inputs, used, dynamic)
     return program, list(used), outputs
 
 
 def _exported_program(
-    named: nn.Module, tensors: dict[str, Tensor], dynamic: bool, model: nn.Module
+    model: nn.Module, example_inputs: Any, tensors: dict[str, Tensor], dynamic: bool
 ) -> ExportedProgram:
+    """The model as a function of the named tensors, all else as in the example: a dictionary of outputs."""
+
+    def forward(**given: Tensor) -> dict[str, Tensor]:
+        arguments = map_inputs(model, example_inputs, lambda name, example: given.get(name, example))
+        return output_tensors(model(*arguments))
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    # torch.export names the inputs of a graph after the parameters.
+    signature = inspect.Signature([inspect.Parameter(name, kind) for name in tensors])
+    forward.__signature__ = signature  # type: ignore[attr-defined]
+    named = nn.Module().eval()
+    named.model = model
+    named.forward = forward
     # One row, or none, is no size that can vary; if the input does not matter, that is no error.
     shapes = {name: {0: Dim.DYNAMIC} if t.dim() and len(t) > 1 else None for name, t in tensors.items()}
     try:
@@ -173,23 +184,6 @@ def _exported_program(
         else:
             advice = "Sizes and branches must not depend on values of tensors: use torch.where or masks"
         raise ValueError(f"{what}: {first_line(error)} {advice}") from error
-
-
-def _by_name(model: nn.Module, example_inputs: Any, names: list[str]) -> nn.Module:
-    """The model as a function of the named tensors, all else as in the example: a dictionary of outputs."""
-
-    def forward(**tensors: Tensor) -> dict[str, Tensor]:
-        arguments = map_inputs(model, example_inputs, lambda name, example: tensors.get(name, example))
-        return output_tensors(model(*arguments))
-
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    # torch.export names the inputs of a graph after the parameters.
-    signature = inspect.Signature([inspect.Parameter(name, kind) for name in names])
-    forward.__signature__ = signature  # type: ignore[attr-defined]
-    named = nn.Module()
-    named.model = model
-    named.forward = forward
-    return named.eval()
 
 
 @contextmanager

@@ -84,12 +84,8 @@ class Run:
         """Batch size -> arguments of `forward`, of these sizes where batches can be made anew.
 
         That is where `example_input_array` is of tensors with one first dimension, of which items are then
-        left out or repeated, or where the data comes from a `torch.utils.data.DataLoader` that batches by
-        itself. A size beyond the dataset's is cut to it. Elsewhere there is one entry: `example_inputs` by
-        the first dimension of its first tensor.
-
-        Raises:
-            ValueError: If there are no example inputs.
+        left out or repeated, or where a `DataLoader` batches by itself (a size beyond the dataset's is cut to
+        it). Elsewhere there is one entry: `example_inputs` by the first dimension of its first tensor.
         """
         inputs = self.example_inputs()
         tensors = [*example_tensors(self.module, inputs).values()]
@@ -129,10 +125,20 @@ class Run:
         Raises:
             ValueError: If the model does not accept the batches, there are none, or it has no batch norm.
         """
+
+        def predict(module: Any, batch: Any) -> Any:
+            try:
+                return module.predict_step(batch, 0)
+            except Exception as error:  # of the user's code
+                raise ValueError(
+                    f"{type(module).__name__} does not accept a training batch: {type(error).__name__}: "
+                    f"{error}; give it a `predict_step(batch, batch_idx)` that takes what of the batch "
+                    "`forward` needs"
+                ) from error
+
         assert self.data is not None  # noqa: S101 (`export` refuses it)
         model = copy.deepcopy(model)
-        batches = itertools.islice(self.data.train_dataloader(), num_batches)
-        recalibrate_(model, batches, _predict)
+        recalibrate_(model, itertools.islice(self.data.train_dataloader(), num_batches), predict)
         return model
 
 
@@ -173,13 +179,3 @@ def recalibrate_(model: nn.Module, batches: Iterable[Any], forward: Callable[[An
     if count == 0:
         raise ValueError("there is no batch to measure running statistics on")
     return count
-
-
-def _predict(module: Any, batch: Any) -> Any:
-    try:
-        return module.predict_step(batch, 0)
-    except Exception as error:  # of the user's code
-        raise ValueError(
-            f"{type(module).__name__} does not accept a training batch: {type(error).__name__}: {error}; "
-            "give it a `predict_step(batch, batch_idx)` that takes what of the batch `forward` needs"
-        ) from error

@@ -99,7 +99,7 @@ def report(
         figures: A folder; figures are also written there (needs matplotlib).
         trust: Load a checkpoint that holds other objects than tensors and builtins, which can run code.
     """
-    from altermoma_pl.export.slim_report import SlimReport
+    from altermoma_pl.export import SlimReport
 
     if figures and not drawing.available():
         raise ModuleNotFoundError("--figures needs matplotlib: pip install 'altermoma-pl[plot]'")

@@ -164,11 +164,7 @@ def _models(
 
 
 def _notes(models: Mapping[str, Any], slimmed: Slim | None, format: str, path: str) -> list[str]:
-    """What a user should know of the models.
-
-    Raises:
-        ValueError: If they are to be a checkpoint, and no channels were removed now.
-    """
+    """What a user should know of the models; refused is a checkpoint from which no channels were removed."""
     if slimmed is not None:
         return [f"{layer}: {why}" for layer, why in slimmed.still_masked.items()]
     if format == "checkpoint" and "slim" in models:

@@ -19,6 +19,7 @@ from altermoma_pl.granularity.channels.resizing import KEY
 from altermoma_pl.report import figures as drawing
 from altermoma_pl.report.tables import to_json
 
+_ERRORS = (ModuleNotFoundError, OSError, ValueError)
 _DESCRIPTION = "Train and prune a fusion model, see what is left of it, export it, compare ways to prune."
 
 
@@ -130,15 +131,14 @@ def report(
 
 def _report(arguments: list[str]) -> None:
     """Show what a checkpoint keeps, per layer and per modality."""
-    kinds = (ModuleNotFoundError, OSError, ValueError)
-    sys.stdout.write(_run("report", report, arguments, kinds, code=2).rstrip() + "\n")
+    sys.stdout.write(_run("report", report, arguments, code=2).rstrip() + "\n")
 
 
 def _export(arguments: list[str]) -> None:
     """Write the model of a checkpoint, smaller where channels are pruned."""
     from altermoma_pl.export import export
 
-    exported = _run("export", export, arguments, (ModuleNotFoundError, OSError, ValueError))
+    exported = _run("export", export, arguments)
     costs = [exported.costs.to_text()] if exported.costs else []
     sys.stdout.write("\n".join([*costs, *exported.notes, f"Written: {exported.path}\n"]))
 
@@ -150,17 +150,19 @@ def _compare(arguments: list[str]) -> None:
     except ModuleNotFoundError as error:
         sys.stderr.write(f"altermoma compare needs {error.name}: pip install 'altermoma-pl[compare]'\n")
         sys.exit(1)
-    _run("compare", compare, arguments, (OSError, RuntimeError, ValueError))
+    _run("compare", compare, arguments, errors=(OSError, RuntimeError, ValueError))
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {"report": _report, "export": _export, "compare": _compare}
 """What is not a method of the Trainer: name -> what runs it; the docstring is its help."""
 
 
-def _run(name: str, function: Callable[..., Any], arguments: list[str], kinds: Any, code: int = 1) -> Any:
+def _run(
+    name: str, function: Callable[..., Any], arguments: list[str], code: int = 1, errors: Any = _ERRORS
+) -> Any:
     """What a command's function returns. Its parameters are the options, its docstring is their help.
 
-    Errors of these kinds end it without usage: what was asked for is well formed.
+    The errors end it with this code and without usage: what was asked for is well formed.
     """
     from docstring_parser import parse
     from jsonargparse import ArgumentParser
@@ -182,5 +184,5 @@ def _run(name: str, function: Callable[..., Any], arguments: list[str], kinds: A
         if "checkpoint" not in helps:
             del options["config"]
         return function(**options)
-    except kinds as error:
+    except errors as error:
         parser.exit(code, f"{parser.prog}: error: {error}\n")

@@ -171,9 +171,8 @@ def _notes(models: Mapping[str, Any], slimmed: Slim | None, format: str, path: s
         raise ValueError(f"{path} is of a slim model already: give --format torch-export or onnx")
     if format == "checkpoint":
         raise ValueError(
-            f"{path} has single weights pruned: there are no channels to remove, and the checkpoint itself "
-            "loads into the plain model; prune with granularity='channel', or give --format torch-export or "
-            "onnx"
+            f"{path} has single weights pruned: there are no channels to remove, and it loads into the plain "
+            "model; prune with granularity='channel', or give --format torch-export or onnx"
         )
     if "slim" in models:
         return []

@@ -58,7 +58,14 @@ def measure(
             stack.enter_context(restored(model))
             model.eval()
             for batch, example in inputs.items():
-                _try(name, model, batch, example)
+                try:  # before all else: what modules make in their first pass is then no inference tensor
+                    with torch.no_grad():
+                        model(*example)
+                except Exception as error:
+                    raise ValueError(
+                        f"model {name!r} refuses the inputs of batch size {batch}: {type(error).__name__}: "
+                        f"{error}. Give a tuple of positional arguments, on the device of the model"
+                    ) from error
         latencies: dict[str, list[Latency]] = {name: [] for name in models}
         for batch, example in inputs.items():
             runs = {name: partial(model, *example) for name, model in models.items()}
@@ -68,18 +75,12 @@ def measure(
             for name, taken in seconds.items():
                 low, median, high = quartiles(taken)
                 latencies[name].append(Latency(batch, median, low, high, *how))
-        smallest = min(inputs)
+        batch = min(inputs)
         costs = {
-            name: _costs_of(
-                model,
-                inputs[smallest],
-                device,
-                latency=tuple(latencies[name]),
-                metrics=dict(metrics.get(name, {})),
-            )
+            name: _costs_of(model, inputs[batch], device, tuple(latencies[name]), metrics.get(name, {}))
             for name, model in models.items()
         }
-        return CostReport(smallest, costs)
+        return CostReport(batch, costs)
 
 
 def _checked_device(
@@ -108,19 +109,9 @@ def _checked_device(
     return found.pop() if found else torch.device("cpu")
 
 
-def _try(name: str, model: nn.Module, batch: int, inputs: tuple[Any, ...]) -> None:
-    """One pass before all else: what modules make in their first pass is then no inference tensor."""
-    try:
-        with torch.no_grad():
-            model(*inputs)
-    except Exception as error:
-        raise ValueError(
-            f"model {name!r} refuses the inputs of batch size {batch}: {type(error).__name__}: {error}. "
-            "Give a tuple of positional arguments, on the device of the model"
-        ) from error
-
-
-def _costs_of(model: nn.Module, inputs: tuple[Any, ...], device: torch.device, **known: Any) -> Costs:
+def _costs_of(
+    model: nn.Module, inputs: Any, device: torch.device, latency: tuple[Latency, ...], metrics: Any
+) -> Costs:
     flops = count_flops(model, lambda module: module(*inputs))
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
@@ -132,7 +123,8 @@ def _costs_of(model: nn.Module, inputs: tuple[Any, ...], device: torch.device, *
         peak_memory=peak_memory(model, inputs, device),
         file_bytes=file.getbuffer().nbytes,
         compressed_bytes=len(gzip.compress(file.getbuffer(), compresslevel=6)),
-        **known,
+        latency=latency,
+        metrics=dict(metrics),
     )
 
 
@@ -195,11 +187,7 @@ def in_turns(
 ) -> dict[str, list[float]]:
     """Seconds of each action, until the device has done it, once for every round.
 
-    Args:
-        actions: Name -> what to time.
-        rounds: How often each runs. Their order is reversed from round to round.
-        warm_up: How many rounds go before, not measured, in the given order.
-        device: Where the actions compute.
+    The order is reversed from round to round; `warm_up` rounds go before, not measured, in the given order.
     """
     on_gpu = torch.device(device).type == "cuda"
     wait: Callable[[], object] = partial(torch.cuda.synchronize, device) if on_gpu else lambda: None

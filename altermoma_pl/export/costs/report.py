@@ -148,11 +148,12 @@ class CostReport:
         """
         try:
             content = json.loads(text)
-            for own in content["costs"].values():
+            batch, costs = content["batch"], content["costs"]
+            for own in costs.values():
                 own["latency"] = tuple(Latency(**each) for each in own["latency"])
                 own["uncounted"] = tuple(own["uncounted"])
                 own["metrics"] = {n: math.nan if v is None else v for n, v in own["metrics"].items()}
-            return cls(content["batch"], {name: Costs(**own) for name, own in content["costs"].items()})
+            return cls(batch, {name: Costs(**own) for name, own in costs.items()})
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"this is no cost report, as CostReport.to_json writes it: {type(error).__name__}: {error}"

@@ -6,17 +6,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from altermoma_pl.enforce.enforcement import Enforcement
-from altermoma_pl.granularity import Granularity, Ranking, Sparsity, input_dims, parse_granularity
-from altermoma_pl.granularity.channels.calibration import ChannelCalibration
+from altermoma_pl.granularity import Granularity, Ranking, Sparsity, make_calibration, parse_granularity
 from altermoma_pl.mask.masks import Masks
-from altermoma_pl.mask.top_k import Computed, Scope
+from altermoma_pl.mask.top_k import Scope
 from altermoma_pl.model.contexts import generators_restored, seed_generators
 from altermoma_pl.model.distributed import of_first
-from altermoma_pl.score import AlterEva, Calibration, Criterion, LossFunction
+from altermoma_pl.score import AlterEva, Criterion, LossFunction
 from altermoma_pl.score.decision import decide
 
 
@@ -66,30 +65,23 @@ def prune(
     """
     grain = parse_granularity(granularity)
     grain.check(criterion, sparsity, scope, min_density)
-    for batches in (probe_batches, training_batches):
-        if isinstance(batches, Iterator):
-            raise TypeError("batches are read several times, a generator only once: give a list or a loader")
-    fields: dict[str, Any] = {
-        "model": model, "loss_fn": loss_fn, "modalities": modalities, "prunable": prunable,
-        "probe_batches": probe_batches, "training_batches": training_batches, "masks": masks, "seed": seed,
-    }  # fmt: skip
+    if isinstance(probe_batches, Iterator) or isinstance(training_batches, Iterator):
+        raise TypeError("batches are read several times, a generator only once: give a list or a loader")
     with generators_restored():
         seed_generators(seed)
-        if grain.by_channel:
-            traced = of_first(grain.trace(model, _loss_on_first(loss_fn, probe_batches), list(prunable)))
-            calibration: Calibration = ChannelCalibration(**fields, channels=traced.channels)
-        else:
-            traced, calibration = None, Calibration(**fields)
-        weights = calibration.weights
-        ranking = Ranking(
-            (masks or Masks.dense(calibration.masked)).to(model),
-            calibration.owner_of,
-            scope,
-            min_density,
-            Computed(weights, lambda name: weights[name].detach().abs()),
+        traced = of_first(grain.trace(model, loss_fn, probe_batches, prunable))
+        calibration = make_calibration(
             traced,
-            input_dims(model),
+            model=model,
+            loss_fn=loss_fn,
+            probe_batches=probe_batches,
+            training_batches=training_batches,
+            modalities=modalities,
+            prunable=prunable,
+            masks=masks,
+            seed=seed,
         )
+        ranking = Ranking.of(calibration, scope, min_density, traced)
         return decide(criterion, calibration, lambda scores: grain.masks(scores, sparsity, ranking)).masks
 
 
@@ -115,15 +107,3 @@ def hold(model: nn.Module, masks: Masks, *optimizers: Optimizer) -> Iterator[Non
     finally:
         enforcement.hold_()
         enforcement.release()
-
-
-def _loss_on_first(loss_fn: LossFunction, batches: Iterable[Any]) -> Any:
-    """The loss on the first batch as a function of the model, by which channels are followed."""
-    batch = next(iter(batches), None)
-    if batch is None:
-        raise ValueError("there is no probe batch: at least one is needed to follow channels")
-
-    def loss(model: nn.Module) -> Tensor:
-        return loss_fn(model, batch)
-
-    return loss

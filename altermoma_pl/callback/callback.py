@@ -27,7 +27,7 @@ from altermoma_pl.callback.state import PruningState
 from altermoma_pl.granularity import Granularity, Ranking, Sparsity, input_dims, parse_granularity
 from altermoma_pl.mask.masks import Masks
 from altermoma_pl.mask.schedules import Cubic, Schedule
-from altermoma_pl.mask.top_k import Computed, Scope
+from altermoma_pl.mask.top_k import Scope
 from altermoma_pl.model.modality import Modalities
 from altermoma_pl.report.sparsity import SparsityReport
 from altermoma_pl.score import AlterEva, Components, Criterion
@@ -316,9 +316,7 @@ class AlterMOMACallback(Callback):
         check_rewindable(self.schedule, state.rewind_point, epoch)
         with scoring_batches(self, trainer, module, self.criterion.uses_batches) as batches:
             calibration = calibration_of(self, trainer, module, self._held.traced, *batches)
-            weights = calibration.weights
-            magnitudes = Computed(weights, lambda name: weights[name].detach().abs())
-            ranking = replace(self._ranking(state), tie_breaker=magnitudes)
+            ranking = Ranking.of(calibration, self.scope, self.min_density, self._held.traced)
             decision = decide(self.criterion, calibration, lambda s: self._grain.masks(s, target, ranking))
         if self.schedule.rewinds_to is not None and state.rewind_point is not None:
             state.rewind_point.restore_(trainer, module)

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from altermoma_pl.callback.lightning_internals import log_silenced, scoring_bar
 from altermoma_pl.callback.loaders import ProbeLoader, probe_batches, training_batches
-from altermoma_pl.granularity import Granularity, Sparsity, Traced
-from altermoma_pl.granularity.channels.calibration import ChannelCalibration
+from altermoma_pl.granularity import Granularity, Sparsity, Traced, make_calibration
 from altermoma_pl.mask.schedules import Schedule
 from altermoma_pl.model.contexts import generators_restored, seed_generators
 from altermoma_pl.model.distributed import of_first, together
@@ -63,18 +62,14 @@ def check_batches(trainer: Trainer, module: LightningModule, which: ProbeLoader)
 
 def trace_channels(
     callback: AlterMOMACallback, granularity: Granularity, trainer: Trainer, module: LightningModule
-) -> Traced:
+) -> Traced | None:
     """The channels of the module, which is left as it was, as are random numbers and loaders.
 
     With several processes each tries on a batch of its own, and those that the first has found are taken.
     Errors are those of `find_channels`, and a `ValueError` if there is no batch.
     """
     with together(ValueError), scoring_batches(callback, trainer, module, True) as (probes, _, _):
-        batch = next(iter(probes), None)
-        if batch is None:
-            raise ValueError("the held-out loader gives no batch: at least one is needed to follow channels")
-        loss = loss_function(trainer, module)
-        found = granularity.trace(module, lambda model: loss(model, batch), callback.prunable)
+        found = granularity.trace(module, loss_function(trainer, module), probes, callback.prunable)
     return of_first(found)
 
 
@@ -88,8 +83,8 @@ def calibration_of(
     progress: Progress = no_progress,
 ) -> Calibration:
     """All that a criterion may look at: of channels where they were traced, else of weights."""
-    options: dict[str, Any] = {} if traced is None else {"channels": traced.channels}
-    return (Calibration if traced is None else ChannelCalibration)(
+    return make_calibration(
+        traced,
         model=module,
         loss_fn=loss_function(trainer, module),
         probe_batches=probes,
@@ -100,7 +95,6 @@ def calibration_of(
         seed=callback.seed,
         progress=progress,
         on_nonfinite=callback.on_nonfinite,
-        **options,
     )
 
 

@@ -1,9 +1,16 @@
 """What is pruned as one piece: a weight, a block of N:M, or a channel; from scores to masks for each."""
 
-from altermoma_pl.granularity.base import Granularity, Ranking, Sparsity, Traced
+from altermoma_pl.granularity.base import (
+    Granularity,
+    Ranking,
+    Sparsity,
+    Traced,
+    input_dims,
+    make_calibration,
+)
 from altermoma_pl.granularity.channels.channel import Channel
 from altermoma_pl.granularity.parsing import parse_granularity
-from altermoma_pl.granularity.weights import NofM, Weight, input_dims
+from altermoma_pl.granularity.weights import NofM, Weight
 
 __all__ = [
     "Channel",
@@ -14,5 +21,6 @@ __all__ = [
     "Traced",
     "Weight",
     "input_dims",
+    "make_calibration",
     "parse_granularity",
 ]

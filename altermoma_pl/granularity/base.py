@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
+from altermoma_pl.granularity.channels.calibration import ChannelCalibration
 from altermoma_pl.granularity.channels.flops import FlopModel
 from altermoma_pl.granularity.channels.groups import Channels
 from altermoma_pl.granularity.channels.layouts import Declared
-from altermoma_pl.granularity.channels.tracing import Forward
 from altermoma_pl.mask.masks import Masks
-from altermoma_pl.mask.top_k import Scope
-from altermoma_pl.score import Criterion
+from altermoma_pl.mask.top_k import Computed, Scope
+from altermoma_pl.score import Calibration, Criterion, LossFunction
 
 Sparsity = float | dict[str, float]
 
@@ -27,6 +28,17 @@ class Traced:
     channels: Channels
     flops: FlopModel
     declared: Declared = field(default_factory=dict)
+
+
+def make_calibration(traced: Traced | None, **fields: Any) -> Calibration:
+    """All that a criterion may look at: of channels where they were traced, else of weights."""
+    return Calibration(**fields) if traced is None else ChannelCalibration(channels=traced.channels, **fields)
+
+
+def input_dims(model: nn.Module) -> dict[str, int]:
+    """Parameter name -> the dimension of its inputs, of those where it is not 1."""
+    transposed = nn.modules.conv._ConvTransposeNd
+    return {f"{path}.weight": 0 for path, module in model.named_modules() if isinstance(module, transposed)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +63,14 @@ class Ranking:
     traced: Traced | None = None
     input_dims: Mapping[str, int] | None = None
 
+    @classmethod
+    def of(cls, calibration: Calibration, scope: Scope, min_density: float, traced: Traced | None) -> Ranking:
+        """For scores that were measured on a calibration; of equal ones the size of weights decides."""
+        model, weights = calibration.model, calibration.weights
+        masks = (calibration.masks or Masks.dense(calibration.masked)).to(model)
+        sizes = Computed(weights, lambda name: weights[name].detach().abs())
+        return cls(masks, calibration.owner_of, scope, min_density, sizes, traced, input_dims(model))
+
 
 class Granularity(ABC):
     """What is pruned as one piece."""
@@ -66,9 +86,11 @@ class Granularity(ABC):
         """What the sparsity is a share of."""
         return "weights"
 
-    def trace(self, model: nn.Module, forward: Forward, prunable: list[str]) -> Traced:
-        """The channels of a model, where those are pruned."""
-        raise NotImplementedError(f"{type(self).__name__} needs no channels")
+    def trace(
+        self, model: nn.Module, loss_fn: LossFunction, batches: Iterable[Any], prunable: Sequence[str]
+    ) -> Traced | None:
+        """The channels of a model, as the loss on the first batch shows them; None where none are pruned."""
+        return None
 
     @abstractmethod
     def check(self, criterion: Criterion, sparsity: Sparsity, scope: Scope, min_density: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from altermoma_pl.granularity.base import Granularity, Ranking, Sparsity, shares_pruned
 from altermoma_pl.mask.masks import Masks
@@ -111,9 +111,3 @@ class NofM(Weight):
 
 def _dims(ranking: Ranking) -> dict[str, int]:
     return {name: dim for name, dim in (ranking.input_dims or {}).items() if name in ranking.masks}
-
-
-def input_dims(model: nn.Module) -> dict[str, int]:
-    """Parameter name -> the dimension of its inputs, of those where it is not 1."""
-    transposed = nn.modules.conv._ConvTransposeNd
-    return {f"{path}.weight": 0 for path, module in model.named_modules() if isinstance(module, transposed)}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,12 @@ from altermoma_pl.granularity.base import Granularity, Ranking, Sparsity, Traced
 from altermoma_pl.granularity.channels.finding import find_channels
 from altermoma_pl.granularity.channels.flops import FlopModel
 from altermoma_pl.granularity.channels.groups import Kept, owners
-from altermoma_pl.granularity.channels.tracing import Forward
 from altermoma_pl.granularity.channels.widths import keep_widths
 from altermoma_pl.mask.masks import Masks
 from altermoma_pl.mask.top_k import Scope
 from altermoma_pl.model.contexts import noise_free, restored
 from altermoma_pl.model.options import check_options
-from altermoma_pl.score import Criterion
+from altermoma_pl.score import Criterion, LossFunction
 
 
 @dataclass(frozen=True)
@@ -64,10 +63,23 @@ class Channel(Granularity):
         if self.target == "flops" and scope != "global":
             raise ValueError(f"FLOPs are those of the whole model: choose the scope 'global', got {scope!r}")
 
-    def trace(self, model: nn.Module, forward: Forward, prunable: list[str]) -> Traced:
-        """As `find_channels`, while norms and dropout are quiet; the model is left as it was."""
+    def trace(
+        self, model: nn.Module, loss_fn: LossFunction, batches: Iterable[Any], prunable: Sequence[str]
+    ) -> Traced:
+        """The channels of a model, which is left as it was; norms and dropout are quiet meanwhile.
+
+        Raises:
+            ModuleNotFoundError, ValueError: As `find_channels`, or if there is no batch.
+        """
+        batch = next(iter(batches), None)
+        if batch is None:
+            raise ValueError("there is no probe batch: at least one is needed to follow channels")
+
+        def forward(model: nn.Module) -> Tensor:
+            return loss_fn(model, batch)
+
         with noise_free(model):
-            channels = find_channels(model, forward, prunable, self.declared)
+            channels = find_channels(model, forward, list(prunable), self.declared)
             with restored(model):
                 return Traced(channels, FlopModel(model, forward, channels), self.declared or {})
 

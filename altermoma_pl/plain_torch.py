@@ -71,16 +71,10 @@ def prune(
         seed_generators(seed)
         traced = of_first(grain.trace(model, loss_fn, probe_batches, prunable))
         calibration = make_calibration(
-            traced,
-            model=model,
-            loss_fn=loss_fn,
-            probe_batches=probe_batches,
-            training_batches=training_batches,
-            modalities=modalities,
-            prunable=prunable,
-            masks=masks,
+            traced, model=model, loss_fn=loss_fn, probe_batches=probe_batches,
+            training_batches=training_batches, modalities=modalities, prunable=prunable, masks=masks,
             seed=seed,
-        )
+        )  # fmt: skip
         ranking = Ranking.of(calibration, scope, min_density, traced)
         return decide(criterion, calibration, lambda scores: grain.masks(scores, sparsity, ranking)).masks
 

@@ -2,7 +2,7 @@
 
 from altermoma_pl.score.altereva import AlterEva
 from altermoma_pl.score.calibration import Calibration, LossFunction
-from altermoma_pl.score.components import Components
+from altermoma_pl.score.combination import Components
 from altermoma_pl.score.criterion import Criterion, Scores
 from altermoma_pl.score.decision import MakeMasks, choose_beta
 from altermoma_pl.score.second_order import GraSP, ProsPr

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from altermoma_pl.mask.masks import Masks
-from altermoma_pl.model.contexts import deactivated, noise_free, restored
+from altermoma_pl.model.contexts import deactivated, noise_free, restored, seed_generators
 from altermoma_pl.model.modality import SHARED
 from altermoma_pl.model.options import check_options
 from altermoma_pl.score.calibration import Calibration, Gradients
 from altermoma_pl.score.combination import (
+    Components,
+    Level,
     Normalization,
     check_contribution,
     discount,
@@ -28,9 +31,15 @@ from altermoma_pl.score.combination import (
     redundancy,
     tensor_means,
 )
-from altermoma_pl.score.components import Components, Level
 from altermoma_pl.score.criterion import Criterion, Scores
-from altermoma_pl.score.passes import mean_gradients, mean_loss, reactivate
+from altermoma_pl.score.passes import (
+    batch_gradients,
+    mean_gradients,
+    mean_loss,
+    mean_over_processes,
+    measured,
+    without_pruned,
+)
 
 
 @dataclass(frozen=True)
@@ -215,15 +224,42 @@ class AlterEva(Criterion):
             before, first = mean_gradients(calibration, others, count, label)
         else:
             before = mean_loss(calibration, count, label)
-        reactivate(
-            calibration, modality, self.num_reactivation_steps, self.optimizer, self.learning_rate,
-            self.gradient_clip,
-        )  # fmt: skip
+        self._reactivate_(calibration, modality)
         skip = count if self.second_probe == "fresh" else 0
         after, second = mean_gradients(
             calibration, others, count, f"{label}, reactivated", skip, absolute=first is None
         )
         return before, after, second if first is None else {n: first[n] - second[n] for n in others}
+
+    def _reactivate_(self, calibration: Calibration, modality: str) -> None:
+        """Train everything but the deactivated modality, one step for each training batch.
+
+        The deactivated parameters are not given to the optimizer: Adam and weight decay would move them
+        although their gradient is zero. Pruned weights stay zero.
+        """
+        if self.num_reactivation_steps == 0:
+            return
+        seed_generators(calibration.seed)
+        inactive = set(calibration.groups[modality])
+        parameters = calibration.model.named_parameters()
+        trained = {n: p for n, p in parameters if p.requires_grad and n not in inactive}
+        if self.optimizer == "sgd":
+            optimizer: torch.optim.Optimizer = torch.optim.SGD(trained.values(), self.learning_rate)
+        else:
+            # Fused where it exists: the other kinds need room for two more copies of a tensor, or of all.
+            fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in trained.values())
+            optimizer = torch.optim.Adam(trained.values(), self.learning_rate, fused=fused)
+        phase = f"{modality} deactivated, reactivation"
+        measure = partial(batch_gradients, calibration, of=trained)
+        for _, gradients in measured(calibration, "training", self.num_reactivation_steps, phase, measure):
+            own = mean_over_processes(calibration, gradients, trained)
+            for name in list(own):
+                trained[name].grad = without_pruned(calibration, name, own.pop(name))
+            if self.gradient_clip is not None:
+                torch.nn.utils.clip_grad_norm_(trained.values(), self.gradient_clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        optimizer.state.clear()  # it is part of a cycle: its moments would stay until those are collected
 
 
 def _times_weight_(gradients: Gradients, calibration: Calibration) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""From components to scores: how contribution and redundancy go together.
+"""Components, which can be stored and combined anew without scoring again, and how they go together.
 
 Tensors by parameter name; neither models nor batches are known here. Sums, means and ranks run over live
 weights: those that are pruned already have the value 0, as the weight has. At the level "tensor" one value
@@ -9,22 +9,59 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from altermoma_pl.mask.masks import Masks
 from altermoma_pl.mask.top_k import Computed
 from altermoma_pl.model.distributed import total
-from altermoma_pl.score.components import Components, Level
 
+Level = Literal["weight", "tensor"]
 Normalization = Literal["mean", "sum", "none"]
 ByName = Mapping[str, Tensor]
 Live = Mapping[str, int]
 """Parameter name -> number of its weights that are not pruned."""
 
 _SMALLEST_RATIO = 1e-6  # a negative exponent must not make scores infinite
+
+
+@dataclass(frozen=True)
+class Components:
+    """What one scoring event measured.
+
+    Args:
+        deci: Parameter name -> D_i, the contribution with all modalities active (eq. 6).
+        reri: Deactivated modality -> parameter name -> R_i, the redundancy that it reactivates in the
+            parameters of all other groups (eq. 10, 26, 34, 35).
+        group_of: Parameter name -> its modality or "shared".
+        losses: Mean loss over the probe batches: "all", and for each modality m
+            "without_m" and "without_m_reactivated" (eq. 4 and 7).
+        magnitude: Parameter name -> |theta_i|.
+        level: Whether ReRI is that of each "weight" or of the whole "tensor": then it is the mean over the
+            live weights, a tensor without dimensions.
+    """
+
+    deci: dict[str, Tensor]
+    reri: dict[str, dict[str, Tensor]]
+    group_of: dict[str, str]
+    losses: dict[str, float]
+    magnitude: dict[str, Tensor]
+    level: Level = "weight"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors on the CPU and builtins only."""
+        return tree_map_only(Tensor, Tensor.cpu, dict(vars(self)))  # type: ignore[no-any-return]
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> Components:
+        """Rebuild from `state_dict()`, taken as it is."""
+        # Of November 2026 and before: the shape alone told the level.
+        whole = all(r.ndim == 0 for own in state["reri"].values() for r in own.values())
+        return cls(**{"level": "tensor" if whole else "weight", **state})
 
 
 def live_counts(values: ByName, masks: Masks | None) -> dict[str, int]:
@@ -34,14 +71,10 @@ def live_counts(values: ByName, masks: Masks | None) -> dict[str, int]:
 
 def leading(components: Components, magnitude_share: float) -> ByName:
     """DeCI^(1 - s) * |theta|^s: the contribution for s = 0, and |theta| sqrt(mean |g|) for s = 1/2."""
-    if magnitude_share == 0:
-        return components.deci
-
-    def compute(name: str) -> Tensor:
-        contribution = components.deci[name] ** (1 - magnitude_share)
-        return contribution.mul_(components.magnitude[name] ** magnitude_share)
-
-    return Computed(components.deci, compute)
+    share, deci, magnitude = magnitude_share, components.deci, components.magnitude
+    if share == 0:
+        return deci
+    return Computed(deci, lambda name: (deci[name] ** (1 - share)).mul_(magnitude[name] ** share))
 
 
 def redundancy(components: Components, normalization: Normalization, level: Level, live: Live) -> ByName:

@@ -14,7 +14,7 @@ from altermoma_pl.model.contexts import noise_free, restored
 from altermoma_pl.model.distributed import check_same, is_sharded, num_processes, sum_, sums
 from altermoma_pl.score.altereva import AlterEva
 from altermoma_pl.score.calibration import Calibration
-from altermoma_pl.score.components import Components
+from altermoma_pl.score.combination import Components
 from altermoma_pl.score.criterion import Criterion, Scores
 from altermoma_pl.score.passes import NonFiniteError, mean_loss
 
@@ -56,18 +56,14 @@ def decide(criterion: Criterion, calibration: Calibration, make_masks: MakeMasks
             beta = float(criterion.beta)
         scores = criterion.combine(components, calibration.alive)
     else:
-        scores = _mean_over_processes(criterion.score(calibration))
+        scores = criterion.score(calibration)
+        if num_processes() > 1 and not is_sharded(scores.values()):
+            # A criterion that knows nothing of processes gives the scores of its own batches.
+            scores = {name: sum_(s.detach().clone()).div_(num_processes()) for name, s in scores.items()}
     masks = make_masks(scores)
     if num_processes() > 1:
         check_same(masks.digest, "the masks")
     return Decision(masks, components, beta, losses, num_skipped=sums([calibration.num_skipped])[0])
-
-
-def _mean_over_processes(scores: Scores) -> Scores:
-    """The scores of a criterion that knows nothing of processes are those of its own batches."""
-    if num_processes() == 1 or is_sharded(scores.values()):
-        return scores
-    return {name: sum_(score.detach().clone()).div_(num_processes()) for name, score in scores.items()}
 
 
 def choose_beta(

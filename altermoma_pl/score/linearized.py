@@ -91,8 +91,8 @@ class Linearized(TorchFunctionMode):
             weights = [options[f"{name}_proj_weight"] for name in "qkv"]
         else:
             weights = options["in_proj_weight"].chunk(3)
-        q, k, v = (
-            _split_heads(self._layer(F.linear, x, weight), num_heads)
+        q, k, v = (  # (length, [batch,] width) -> ([batch,] heads, length, width / heads)
+            torch.unflatten(self._layer(F.linear, x, weight), -1, (num_heads, -1)).movedim(0, -2)
             for x, weight in zip((query, key, value), weights, strict=True)
         )
         mask, padding = options.get("attn_mask"), options.get("key_padding_mask")
@@ -139,11 +139,6 @@ def _entering(input: Tensor) -> Tensor:
     return input if input.requires_grad else torch.ones_like(input)
 
 
-def _split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """(length, [batch,] width) -> ([batch,] heads, length, width / heads)."""
-    return x.reshape(*x.shape[:-1], num_heads, -1).movedim(0, -2)
-
-
 def _gate(input: Tensor) -> Tensor:
     """The value 1 with the derivative of log x: a gate's input gets the flow that goes through it."""
     flow = input.clamp(min=0)
@@ -181,14 +176,6 @@ def _attention(
     return _shares(query, key, attn_mask) @ value
 
 
-def _identity(input: Tensor, *_: Any, **__: Any) -> Tensor:
-    return input
-
-
-def _relu(input: Tensor, *_: Any, **__: Any) -> Tensor:
-    return input.relu()
-
-
 def _glu(input: Tensor, dim: int = -1) -> Tensor:
     value, gate = input.chunk(2, dim)
     return value * _sigmoid(gate)
@@ -202,8 +189,7 @@ def _batch_norm(
 
 
 def _channel_norm(input: Tensor, weight: Tensor | None = None, **_: Any) -> Tensor:
-    x = _entering(input)
-    return x if weight is None else x * weight.abs().view(-1, *[1] * (x.ndim - 2))
+    return _layer_norm(input, None if weight is None else weight.view(-1, *[1] * (input.ndim - 2)))
 
 
 def _layer_norm(input: Tensor, weight: Tensor | None = None, **_: Any) -> Tensor:
@@ -230,14 +216,14 @@ _REPLACEMENTS: dict[Any, Callable[..., Any]] = {
             F.silu, F.mish, F.hardswish, F.softplus, F.threshold, F.tanhshrink, F.softsign,
             F.tanh, torch.tanh, Tensor.tanh,
         ),
-        _relu,
+        lambda input, *_, **__: input.relu(),
     ),
     **dict.fromkeys(
         (
             F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
             F.normalize, torch.exp, Tensor.exp,
         ),
-        _identity,
+        lambda input, *_, **__: input,
     ),
     **dict.fromkeys((F.sigmoid, torch.sigmoid, Tensor.sigmoid, F.hardsigmoid), _sigmoid),
     **dict.fromkeys((F.softmax, torch.softmax, Tensor.softmax), _softmax),

@@ -1,4 +1,4 @@
-"""Passes over the calibration batches: losses, gradients, their means, and a little training."""
+"""Passes over the calibration batches: losses, gradients and their means."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from altermoma_pl.model.contexts import seed_generators
 from altermoma_pl.model.distributed import all_agree, local, num_processes, reshard_, sum_, sums, together
 from altermoma_pl.score.calibration import Calibration, Gradients, LossAndGradients, Weights, known_length
-
-Result = TypeVar("Result")
 
 Labelled = tuple[str, Any]
 """A batch behind the words that name it in messages."""
@@ -71,60 +69,10 @@ def mean_gradients(
 def mean_loss(calibration: Calibration, count: int, phase: str) -> float:
     """Mean loss over probe batches of all processes."""
     seed_generators(calibration.seed)
+    measure = partial(batch_loss, calibration)
     with _failing_together(calibration):
-        losses = [
-            float(loss)
-            for loss in measured(calibration, "probe", count, phase, partial(batch_loss, calibration))
-        ]
+        losses = [float(loss) for loss in measured(calibration, "probe", count, phase, measure)]
     return _mean(losses)[0]
-
-
-def reactivate(
-    calibration: Calibration,
-    modality: str,
-    num_steps: int,
-    optimizer: str,
-    learning_rate: float,
-    gradient_clip: float | None,
-) -> None:
-    """Train everything but the deactivated modality, one step for each training batch, in place.
-
-    The deactivated parameters are not given to the optimizer: Adam and weight decay would move them
-    although their gradient is zero. Pruned weights stay zero.
-    """
-    if num_steps == 0:
-        return
-    seed_generators(calibration.seed)
-    inactive = set(calibration.groups[modality])
-    trained = {
-        name: parameter
-        for name, parameter in calibration.model.named_parameters()
-        if parameter.requires_grad and name not in inactive
-    }
-    stepper = _stepper(list(trained.values()), optimizer, learning_rate)
-    for gradients in measured(
-        calibration,
-        "training",
-        num_steps,
-        f"{modality} deactivated, reactivation",
-        lambda label, batch: batch_gradients(calibration, label, batch, trained)[1],
-    ):
-        own = mean_over_processes(calibration, gradients, trained)
-        for name in list(own):
-            trained[name].grad = without_pruned(calibration, name, own.pop(name))
-        if gradient_clip is not None:
-            torch.nn.utils.clip_grad_norm_(trained.values(), gradient_clip)
-        stepper.step()
-        stepper.zero_grad(set_to_none=True)
-    stepper.state.clear()  # an optimizer is part of a cycle: its moments would stay until those are collected
-
-
-def _stepper(trained: list[nn.Parameter], optimizer: str, learning_rate: float) -> torch.optim.Optimizer:
-    if optimizer == "sgd":
-        return torch.optim.SGD(trained, lr=learning_rate)
-    # Fused where it exists: the other kinds of Adam need room for two more copies of a tensor, or of all.
-    fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in trained)
-    return torch.optim.Adam(trained, lr=learning_rate, fused=fused)
 
 
 def measured(
@@ -132,55 +80,47 @@ def measured(
     kind: Literal["probe", "training"],
     count: int,
     phase: str,
-    measure: Callable[[str, Any], Result],
+    measure: Callable[[str, Any], Any] = lambda *labelled: labelled,
     skip: int = 0,
-) -> Iterator[Result]:
+) -> Iterator[Any]:
     """What `measure` gives for up to `count` batches, after the first `skip` of them.
 
     Of probe batches each process takes its share of the count; a step of training takes a batch of each.
     A batch for which `measure` raises a `NonFiniteError` is an error or left out, as the calibration says.
     """
-    lockstep = calibration.lockstep or (kind == "training" and num_processes() > 1)
-    for label, batch in _labelled(calibration, kind, count, phase, skip, lockstep):
-        result, error = None, None
-        try:
-            result = measure(label, batch)
-        except NonFiniteError as found:
-            error = found
-        if all_agree(error is None) if lockstep else error is None:
-            yield result  # type: ignore[misc]
-        elif calibration.on_nonfinite == "skip":
-            calibration.num_skipped += 1
-        else:
-            raise error or NonFiniteError(f"{label} of another process is not finite: see its message")
-
-
-def _labelled(
-    calibration: Calibration, kind: str, count: int, phase: str, skip: int, lockstep: bool
-) -> Iterator[Labelled]:
     batches = calibration.training_batches
     if kind == "probe":
         batches = calibration.probe_batches
         count, skip = (-(-number // num_processes()) for number in (count, skip))
+    lockstep = calibration.lockstep or (kind == "training" and num_processes() > 1)
+    agreed: Callable[[bool], bool] = all_agree if lockstep else bool
     length = known_length(batches)
     total = None if length is None else min(count, max(0, length - skip))
     done, own = 0, enumerate(itertools.islice(batches, skip, skip + count), start=skip)
     while True:
         index, batch = next(own, (-1, None))
-        if not (all_agree(index >= 0) if lockstep else index >= 0):
+        if not agreed(index >= 0):
             break
         calibration.progress(phase, done, total)
-        yield f"{kind} batch {index}", batch
+        label, result, error = f"{kind} batch {index}", None, None
+        try:
+            result = measure(label, batch)
+        except NonFiniteError as found:
+            error = found
+        if agreed(error is None):
+            yield result
+        elif calibration.on_nonfinite == "skip":
+            calibration.num_skipped += 1
+        else:
+            raise error or NonFiniteError(f"{label} of another process is not finite: see its message")
         done += 1
     calibration.progress(phase, done, done)
     if done == 0 and (lockstep or num_processes() == 1):
         after = f" after the first {skip}" if skip else ""
         raise ValueError(f"the {kind} loader gives no batch{after}: at least one is needed to score weights")
     if done < count:
-        warnings.warn(
-            f"{count} {kind} batches were asked for, the loader has {done}: scoring with those",
-            stacklevel=2,
-        )
+        message = f"{count} {kind} batches were asked for, the loader has {done}: scoring with those"
+        warnings.warn(message, stacklevel=2)
 
 
 def batch_loss(calibration: Calibration, label: str, batch: Any, check: bool = True) -> Tensor:

@@ -180,9 +180,7 @@ class ProsPr(Criterion):
     def _train(self, calibration: Calibration, trained: Weights) -> list[_Step]:
         """Take the inner steps in place: m <- momentum m + g, theta <- theta - learning_rate m."""
         count = self.num_steps if self.new_batches else 1
-        batches: Iterable[Labelled] = measured(
-            calibration, "training", count, "inner steps", lambda *labelled: labelled
-        )
+        batches: Iterable[Labelled] = measured(calibration, "training", count, "inner steps")
         if not self.new_batches:
             batches = list(batches) * self.num_steps
         steps: list[_Step] = []

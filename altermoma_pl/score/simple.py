@@ -113,29 +113,21 @@ class Wanda(Probing):
             ValueError: If a prunable weight is not that of a linear or convolution layer of torch.
         """
         model, weights = calibration.model, calibration.weights
-        owners = _owners(calibration)
+        kinds = (nn.Linear, nn.modules.conv._ConvNd)
+        layers = [module for module in model.modules() if isinstance(module, kinds)]
         squares = accumulators(weights)
         with noise_free(model), restored(model):  # without the hooks
-            for name, layers in owners.items():
-                for layer in layers:
+            for name, weight in weights.items():
+                owners = [layer for layer in layers if layer.weight is weight]  # several if it is tied
+                if not owners:
+                    raise ValueError(
+                        f"Wanda scores weights of linear and convolution layers of torch, {name!r} is none: "
+                        f"exclude it by the pattern '!{name}' in `prunable`, or use another criterion"
+                    )
+                for layer in owners:
                     layer.register_forward_hook(partial(_add_squares_, squares[name]), with_kwargs=True)
             mean_loss(calibration, self.num_probe_batches, "inputs")
         return {name: weights[name].detach().abs() * sum_(total).sqrt() for name, total in squares.items()}
-
-
-def _owners(calibration: Calibration) -> dict[str, list[nn.Module]]:
-    """Prunable parameter name -> the layers whose weight it is, several if it is tied."""
-    kinds = (nn.Linear, nn.modules.conv._ConvNd)
-    layers = [module for module in calibration.model.modules() if isinstance(module, kinds)]
-    owners: dict[str, list[nn.Module]] = {}
-    for name, weight in calibration.weights.items():
-        owners[name] = [layer for layer in layers if layer.weight is weight]
-        if not owners[name]:
-            raise ValueError(
-                f"Wanda scores weights of linear and convolution layers of torch, {name!r} is none: "
-                f"exclude it by the pattern '!{name}' in `prunable`, or use another criterion"
-            )
-    return owners
 
 
 def _add_squares_(

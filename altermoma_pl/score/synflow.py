@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -60,7 +59,8 @@ class SynFlow(Criterion):
         labelled = _first_batch(calibration)
         masks = (calibration.masks or Masks.dense(calibration.weights)).to(calibration.model)
         groups = calibration.group_of if self.balance_modalities else dict.fromkeys(masks, "all")
-        alive = _densities(masks, groups)
+        members = {group: [name for name in masks if groups[name] == group] for group in groups.values()}
+        alive = {g: 1 - Masks({n: masks[n] for n in own}).sparsity for g, own in members.items()}
         ranks = {name: torch.zeros_like(m, dtype=torch.float64) for name, m in masks.items()}
         highest = 0
         for done in range(self.num_iterations):
@@ -121,7 +121,8 @@ class SynFlow(Criterion):
 
 
 def _first_batch(calibration: Calibration) -> Labelled:
-    (labelled,) = measured(calibration, "probe", 1, _PHASE, lambda *labelled: labelled)
+    labelled: Labelled
+    (labelled,) = measured(calibration, "probe", 1, _PHASE)
     return labelled
 
 
@@ -135,12 +136,6 @@ def _make_positive_(calibration: Calibration, masks: Masks) -> None:
             parameter.requires_grad_()
         elif not is_constant(leaf, parameter):
             parameter.data = (torch.zeros_like(value) if "bias" in leaf else value.abs()).double()
-
-
-def _densities(masks: Masks, groups: Mapping[str, str]) -> dict[str, float]:
-    """Group -> share of its weights that the masks keep."""
-    members = {g: {name: m for name, m in masks.items() if groups[name] == g} for g in groups.values()}
-    return {group: 1 - Masks(own).sparsity for group, own in members.items()}
 
 
 def _rank(ranks: Scores, flow: Scores, which: Masks | dict[str, Tensor], offset: int) -> int:

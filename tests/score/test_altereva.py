@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from altermoma_pl import AlterEva, Components, Masks, top_k
-from altermoma_pl.score.passes import reactivate
 from tests.helpers.masks import shrank
 from tests.helpers.models import (
     BRANCHES,
@@ -96,7 +95,7 @@ def test_weights_after_reactivation(variant, modality):
     criterion, probe, training = VARIANTS[variant]
     made = oracle_calibration(probe, training)
     nn.init.zeros_(made.model.get_parameter(f"{modality}.weight"))
-    reactivate(made, modality, criterion.num_reactivation_steps, "sgd", 0.01, None)
+    dataclasses.replace(criterion, optimizer="sgd", learning_rate=0.01)._reactivate_(made, modality)
     oracle = ORACLE["variants"][variant][f"theta_B_{modality}_masked"]
     for group in {"camera", "lidar", "fusion"} - {modality}:
         close(made.model.get_parameter(f"{group}.weight"), oracle[group])
@@ -453,7 +452,8 @@ def test_running_statistics_and_flags(noise, moves):
 def test_gradients_are_clipped():
     made = calibration(Scalar(), probe_batches=BATCHES, training_batches=[scalar_batch(1, 1, 1)])
     nn.init.zeros_(made.model.lidar.weight)
-    reactivate(made, "lidar", 1, "sgd", 1.0, 0.5)  # gradients 1 of c and 2 of f1: clipped by 0.5 / sqrt 5
+    criterion = AlterEva(num_reactivation_steps=1, optimizer="sgd", learning_rate=1.0, gradient_clip=0.5)
+    criterion._reactivate_(made, "lidar")  # gradients 1 of c and 2 of f1: clipped by 0.5 / sqrt 5
     assert made.model.camera.weight.item() == pytest.approx(2 - 0.5 / 5**0.5, rel=1e-5)
 
 

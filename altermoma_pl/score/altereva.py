@@ -160,11 +160,10 @@ class AlterEva(Criterion):
                 losses[f"without_{modality}"] = before
                 losses[f"without_{modality}_reactivated"] = after
                 reset()
-                reri[modality] = _times_weight_(change, calibration)
+                change = _times_weight_(change, calibration)
                 if self.redundancy_level == "tensor":
-                    live = live_counts(change, calibration.alive)
-                    reri[modality] = tensor_means(reri[modality], live)
-                del change
+                    change = tensor_means(change, live_counts(change, calibration.alive))
+                reri[modality] = change
             # Last, because training of the rest needs the most memory.
             weights, absolute = calibration.weights, self.reduction == "mean_of_abs"
             losses["all"], gradients = mean_gradients(

@@ -23,8 +23,7 @@ from altermoma_pl.model.distributed import total
 Level = Literal["weight", "tensor"]
 Normalization = Literal["mean", "sum", "none"]
 ByName = Mapping[str, Tensor]
-Live = Mapping[str, int]
-"""Parameter name -> number of its weights that are not pruned."""
+Live = Mapping[str, int]  # parameter name -> number of its weights that are not pruned
 
 _SMALLEST_RATIO = 1e-6  # a negative exponent must not make scores infinite
 
@@ -103,9 +102,7 @@ def redundancy(components: Components, normalization: Normalization, level: Leve
     return means if level == components.level else tensor_means(means, live)
 
 
-def discount(
-    components: Components, alpha: float, beta: float, level: Level, live: Live
-) -> dict[str, Tensor]:
+def discount(components: Components, alpha: float, beta: float, level: Level, live: Live) -> ByName:
     """The share min(1, alpha d / r)^beta, with d and r relative to the mean over the group."""
     divisors = group_divisors(components.deci, components.group_of, "mean", live)
     d = components.deci if level == "weight" else tensor_means(components.deci, live)
@@ -128,9 +125,8 @@ def tensor_means(values: ByName, live: Live) -> dict[str, Tensor]:
 
 def check_contribution(components: Components, live: Live) -> None:
     """A group without any contribution is an error, unless earlier pruning has cut it off."""
-    for group, amount in group_sums(components.deci, components.group_of, live).items():
-        if amount != 0:
-            continue
+    sums = group_sums(components.deci, components.group_of, live)
+    for group in (group for group, amount in sums.items() if amount == 0):
         names = [name for name, own in components.group_of.items() if own == group]
         if all(live[name] == components.deci[name].numel() for name in names):
             raise ValueError(f"DeCI of the group {group!r} is 0: the loss depends on none of its weights")
@@ -150,9 +146,7 @@ def group_divisors(
         return dict.fromkeys((group_of[name] for name in values), 1.0)
     divisors = group_sums(values, group_of, live, level)
     if normalization == "mean":
-        counts = dict.fromkeys(divisors, 0)
-        for name in values:
-            counts[group_of[name]] += live[name]
+        counts = {group: sum(live[n] for n in values if group_of[n] == group) for group in divisors}
         divisors = {group: amount / max(counts[group], 1) for group, amount in divisors.items()}
     return {group: divisor or 1.0 for group, divisor in divisors.items()}
 

@@ -146,10 +146,6 @@ def _gate(input: Tensor) -> Tensor:
     return 1 + (flow - size) / size.where(size > 0, 1.0)
 
 
-def _sigmoid(input: Tensor, *_: Any, **__: Any) -> Tensor:
-    return 0.5 * _gate(input)
-
-
 def _softmax(input: Tensor, dim: int | None = None, *_: Any, **__: Any) -> Tensor:
     dim = -1 if dim is None else dim
     allowed = (input.detach() >= 0).double()  # flow is not negative, what masks add is
@@ -178,7 +174,7 @@ def _attention(
 
 def _glu(input: Tensor, dim: int = -1) -> Tensor:
     value, gate = input.chunk(2, dim)
-    return value * _sigmoid(gate)
+    return value * (0.5 * _gate(gate))
 
 
 def _batch_norm(
@@ -210,22 +206,18 @@ _NORM_FUNCTIONS: dict[Any, Callable[..., Tensor]] = {  # called with all argumen
 }
 
 _REPLACEMENTS: dict[Any, Callable[..., Any]] = {
-    **dict.fromkeys(
-        (
-            F.relu, F.relu6, F.hardtanh, F.leaky_relu, F.rrelu, F.prelu, F.elu, F.celu, F.selu, F.gelu,
-            F.silu, F.mish, F.hardswish, F.softplus, F.threshold, F.tanhshrink, F.softsign,
-            F.tanh, torch.tanh, Tensor.tanh,
-        ),
-        lambda input, *_, **__: input.relu(),
-    ),
-    **dict.fromkeys(
-        (
-            F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
-            F.normalize, torch.exp, Tensor.exp,
-        ),
-        lambda input, *_, **__: input,
-    ),
-    **dict.fromkeys((F.sigmoid, torch.sigmoid, Tensor.sigmoid, F.hardsigmoid), _sigmoid),
+    **dict.fromkeys((
+        F.relu, F.relu6, F.hardtanh, F.leaky_relu, F.rrelu, F.prelu, F.elu, F.celu, F.selu, F.gelu, F.silu,
+        F.mish, F.hardswish, F.softplus, F.threshold, F.tanhshrink, F.softsign,
+        F.tanh, torch.tanh, Tensor.tanh,
+    ), lambda input, *_, **__: input.relu()),
+    **dict.fromkeys((
+        F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
+        F.normalize, torch.exp, Tensor.exp,
+    ), lambda input, *_, **__: input),
+    **dict.fromkeys((
+        F.sigmoid, torch.sigmoid, Tensor.sigmoid, F.hardsigmoid,
+    ), lambda input, *_, **__: 0.5 * _gate(input)),
     **dict.fromkeys((F.softmax, torch.softmax, Tensor.softmax), _softmax),
     F.glu: _glu,
     F.scaled_dot_product_attention: _attention,

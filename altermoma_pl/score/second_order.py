@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -19,7 +19,6 @@ from altermoma_pl.score.criterion import Criterion, Probing, Scores
 from altermoma_pl.score.linearized import upstream
 from altermoma_pl.score.passes import (
     Labelled,
-    Measure,
     accumulators,
     batch_gradients,
     mean_gradients,
@@ -28,8 +27,7 @@ from altermoma_pl.score.passes import (
     without_pruned,
 )
 
-_Step = tuple[Labelled, dict[str, Tensor]]
-"""The batch of an inner step and the parameters before it."""
+_Step = tuple[Labelled, Gradients]  # the batch of an inner step, and the parameters before it
 
 
 def hessian_product(
@@ -87,36 +85,31 @@ class GraSP(Probing):
             RuntimeError: If an operation cannot be differentiated twice and `hessian` is "exact".
         """
         weights, model = calibration.weights, calibration.model
+        means = partial(mean_gradients, calibration, weights, self.num_probe_batches)
         with noise_free(model), restored(model):
-            vector = self._means(calibration, "gradients")
+            _, vector = means("gradients")
             vector = {name: without_pruned(calibration, name, g) for name, g in vector.items()}
             if self.hessian == "finite_difference":
-                products = self._by_differences(calibration, vector)
+                products = _by_differences(weights, vector, lambda: means("curvature")[1])
             else:
                 instead = "hessian='finite_difference'"
                 measure = partial(hessian_product, calibration, of=weights, vector=vector, instead=instead)
-                products = self._means(calibration, "curvature", measure)
+                _, products = means("curvature", measure=measure)
             return {name: weights[name].detach() * h for name, h in products.items()}
 
-    def _means(self, calibration: Calibration, phase: str, measure: Measure | None = None) -> Gradients:
-        count, weights = self.num_probe_batches, calibration.weights
-        return mean_gradients(calibration, weights, count, phase, measure=measure)[1]
 
-    def _by_differences(self, calibration: Calibration, vector: Gradients) -> Gradients:
-        weights = calibration.weights
-        length = _norm(vector)
-        if length == 0:
-            return accumulators(weights)
-        before = {name: weight.detach().clone() for name, weight in weights.items()}
-        precision = max(torch.finfo(weight.dtype).eps for weight in before.values())
-        step = max(1e-3, math.sqrt(precision)) * _norm(before) / length
-        sides = []
-        for sign in (1, -1):
-            with torch.no_grad():
-                for name, weight in weights.items():
-                    weight.copy_(before[name] + sign * step * vector[name])
-            sides.append(self._means(calibration, "curvature"))
-        return {name: (after - sides[1][name]) / (2 * step) for name, after in sides[0].items()}
+def _by_differences(weights: Weights, vector: Gradients, gradients: Callable[[], Gradients]) -> Gradients:
+    length = _norm(vector)
+    if length == 0:
+        return accumulators(weights)
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    precision = max(torch.finfo(weight.dtype).eps for weight in before.values())
+    step = max(1e-3, math.sqrt(precision)) * _norm(before) / length
+    sides = []
+    for sign in (step, -step):
+        _load_(weights, {name: value + sign * vector[name] for name, value in before.items()})
+        sides.append(gradients())
+    return {name: (after - sides[1][name]) / (2 * step) for name, after in sides[0].items()}
 
 
 def _norm(tensors: dict[str, Tensor]) -> float:

@@ -56,7 +56,7 @@ class SynFlow(Criterion):
 
     def score(self, calibration: Calibration) -> Scores:
         """The rank of every prunable weight, 0 for those pruned already; equal flow has equal ranks."""
-        labelled = _first_batch(calibration)
+        (labelled,) = measured(calibration, "probe", 1, _PHASE)
         masks = (calibration.masks or Masks.dense(calibration.weights)).to(calibration.model)
         groups = calibration.group_of if self.balance_modalities else dict.fromkeys(masks, "all")
         members = {group: [name for name in masks if groups[name] == group] for group in groups.values()}
@@ -90,7 +90,9 @@ class SynFlow(Criterion):
         Raises:
             ValueError: If no linear layer or convolution with parameters runs, or the flow is not finite.
         """
-        label, batch = labelled or _first_batch(calibration)
+        if labelled is None:
+            (labelled,) = measured(calibration, "probe", 1, _PHASE)
+        label, batch = labelled
         masks = masks or calibration.masks or Masks.dense(calibration.weights)
         model, weights = calibration.model, calibration.weights
         with noise_free(model), restored(model), Linearized() as network:
@@ -118,12 +120,6 @@ class SynFlow(Criterion):
                 f"float64, or holds a function that is not linear for large numbers"
             )
         return float(total.detach()), flow
-
-
-def _first_batch(calibration: Calibration) -> Labelled:
-    labelled: Labelled
-    (labelled,) = measured(calibration, "probe", 1, _PHASE)
-    return labelled
 
 
 def _make_positive_(calibration: Calibration, masks: Masks) -> None:

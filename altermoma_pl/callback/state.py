@@ -14,7 +14,7 @@ from altermoma_pl.granularity import Traced
 from altermoma_pl.mask.masks import Masks
 from altermoma_pl.report.sparsity import SparsityReport
 from altermoma_pl.score import Components
-from altermoma_pl.score.components import Level
+from altermoma_pl.score.combination import Level
 from altermoma_pl.score.decision import Decision
 
 _FORMAT = 2

@@ -34,8 +34,7 @@ def _check_form(value: Any, form: Any, place: str) -> None:
     Args:
         value: Nested dictionaries and lists.
         form: A `_Kind`; None for anything; a tuple of a form that may also be None; a list of the form of its
-            items; or key -> form, where keys with `?` may be missing, `*` is any other, and there must be no
-            other if no key is of these two sorts.
+            items; or key -> form, where keys with `?` may be missing, and `*` is any other.
         place: How `value` is called.
     """
     if isinstance(form, tuple):
@@ -50,7 +49,8 @@ def _check_form(value: Any, form: Any, place: str) -> None:
         named = isinstance(value, dict) and all(isinstance(name, str) for name in value)
         _check(named, f"{place} must be a dictionary by name, got {value!r:.80}")
         needed = {key for key in form if key[-1] not in "?*"}
-        fits = needed <= value.keys() and (needed < form.keys() or value.keys() <= needed)
+        known = value.keys() if "*" in form else {key.removesuffix("?") for key in form}
+        fits = needed <= value.keys() <= known
         _check(fits, f"{place} must hold {sorted(needed)}, got {sorted(value)}")
         for key, each in value.items():
             _check_form(each, form.get(key) or form.get(f"{key}?") or form.get("*"), f"{place}.{key}")
@@ -91,6 +91,7 @@ _EVENT = {
     "channels?": _SHARE,
     "flops?": _SHARE,
     "declared?": {"*": _TEXTS},
+    "*": None,
 }
 _COMPONENTS = {
     "deci": _TENSORS,

@@ -293,6 +293,14 @@ def test_what_is_recorded_of_channels_is_checked(gradual, changes, message):
         pruner().load_state_dict(state)
 
 
+def test_unknown_parts_of_components_are_refused(gradual):
+    state = gradual.state
+    state["components"]["extra"] = None
+    message = "components must hold ['deci', 'group_of', 'losses', 'magnitude', 'reri'], got ['deci', 'extra'"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        pruner().load_state_dict(state)
+
+
 def test_other_groups_are_refused(gradual):
     message = (
         "'camera.0.weight' belongs to 'camera', but to 'radar' in the masks that this callback holds: go on"

@@ -140,10 +140,10 @@ def _models(
 ) -> tuple[dict[str, LightningModule], Slim | None]:
     """The dense, the masked and the slim model, as far as there are such; what was removed for the last."""
     models = {"dense": copy.deepcopy(module.eval())}
-    masks = Masks({name: mask for state in states.values() for name, mask in (state.masks or {}).items()})
+    kept = {name: mask for state in states.values() for name, mask in (state.masks or {}).items()}
     if KEY in saved:
         reshape_like_(module, saved["state_dict"], saved[KEY])
-    elif not masks or masks.sparsity == 0:
+    elif not kept or Masks(kept).sparsity == 0:
         raise ValueError(f"{path} is not pruned: its masks keep everything; give a checkpoint after an event")
     try:
         module.load_state_dict(saved["state_dict"])
@@ -159,7 +159,7 @@ def _models(
     if not any("widths" in event for event in latest):
         return models, None
     declared = {name: group for event in latest for name, group in event.get("declared", {}).items()}
-    slimmed = slim(module, masks, inputs, declared)
+    slimmed = slim(module, Masks(kept), inputs, declared)
     return models | {"slim": cast(LightningModule, slimmed.model)}, slimmed
 
 

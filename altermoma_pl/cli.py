@@ -131,14 +131,14 @@ def report(
 
 def _report(arguments: list[str]) -> None:
     """Show what a checkpoint keeps, per layer and per modality."""
-    sys.stdout.write(_run("report", report, arguments, code=2).rstrip() + "\n")
+    sys.stdout.write(_called("report", report, arguments, code=2).rstrip() + "\n")
 
 
 def _export(arguments: list[str]) -> None:
     """Write the model of a checkpoint, smaller where channels are pruned."""
     from altermoma_pl.export import export
 
-    exported = _run("export", export, arguments)
+    exported = _called("export", export, arguments)
     costs = [exported.costs.to_text()] if exported.costs else []
     sys.stdout.write("\n".join([*costs, *exported.notes, f"Written: {exported.path}\n"]))
 
@@ -150,14 +150,14 @@ def _compare(arguments: list[str]) -> None:
     except ModuleNotFoundError as error:
         sys.stderr.write(f"altermoma compare needs {error.name}: pip install 'altermoma-pl[compare]'\n")
         sys.exit(1)
-    _run("compare", compare, arguments, errors=(OSError, RuntimeError, ValueError))
+    _called("compare", compare, arguments, errors=(OSError, RuntimeError, ValueError))
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {"report": _report, "export": _export, "compare": _compare}
 """What is not a method of the Trainer: name -> what runs it; the docstring is its help."""
 
 
-def _run(
+def _called(
     name: str, function: Callable[..., Any], arguments: list[str], code: int = 1, errors: Any = _ERRORS
 ) -> Any:
     """What a command's function returns. Its parameters are the options, its docstring is their help.

@@ -10,7 +10,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from altermoma_pl.enforce.enforcement import Enforcement
-from altermoma_pl.granularity import Granularity, Ranking, Sparsity, make_calibration, parse_granularity
+from altermoma_pl.granularity import Granularity, Ranking, Sparsity, parse_granularity
+from altermoma_pl.granularity.base import make_calibration
 from altermoma_pl.mask.masks import Masks
 from altermoma_pl.mask.top_k import Scope
 from altermoma_pl.model.contexts import generators_restored, seed_generators

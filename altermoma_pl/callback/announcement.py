@@ -28,10 +28,17 @@ def announce(
         return
     prefix = "pruning" if name is None else f"pruning/{name}"
     if not trainer.barebones:
-        print_beside_bar(trainer, report.to_text(_title(event, seconds, name)))
-        metrics = {f"{prefix}/{key}": value for key, value in _metrics(event, seconds).items()}
+        who = "" if name is None else f"{name}: "
+        beta = f", beta {event['beta']:g}" if "beta" in event else ""
+        skipped = f", {event['num_skipped']} batches were not finite" if "num_skipped" in event else ""
+        title = f"{who}Pruned before epoch {event['epoch']} in {seconds:.1f} s{beta}{skipped}"
+        print_beside_bar(trainer, report.to_text(title))
+        metrics = {"sparsity": event["sparsity"], "seconds": seconds}
+        metrics |= {f"kept/{group}": share for group, share in event["kept"].items()}
+        metrics |= {f"loss/{which}": loss for which, loss in event["losses"].items()}
+        metrics |= {key: event[key] for key in ("num_skipped", "beta", "channels", "flops") if key in event}
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
+            logger.log_metrics({f"{prefix}/{k}": v for k, v in metrics.items()}, step=trainer.global_step)
     if callback.figures and masks is not None and figures.available():
         # Each process has only some rows of what is sharded, and only this one draws.
         shown = None if masks.sharded else components
@@ -43,21 +50,6 @@ def announce(
         for board in boards:
             for title, figure in drawn.items():
                 board.add_figure(f"{prefix}/{title}", figure, global_step=trainer.global_step, close=False)
-
-
-def _title(event: dict[str, Any], seconds: float, name: str | None) -> str:
-    who = "" if name is None else f"{name}: "
-    beta = f", beta {event['beta']:g}" if "beta" in event else ""
-    skipped = f", {event['num_skipped']} batches were not finite" if "num_skipped" in event else ""
-    return f"{who}Pruned before epoch {event['epoch']} in {seconds:.1f} s{beta}{skipped}"
-
-
-def _metrics(event: dict[str, Any], seconds: float) -> dict[str, float]:
-    metrics = {"sparsity": event["sparsity"], "seconds": seconds}
-    metrics |= {f"kept/{group}": share for group, share in event["kept"].items()}
-    metrics |= {f"loss/{which}": loss for which, loss in event["losses"].items()}
-    optional = ("num_skipped", "beta", "channels", "flops")
-    return metrics | {key: event[key] for key in optional if key in event}
 
 
 def _folder(trainer: Trainer, output_dir: str | None, name: str | None) -> Path | None:

@@ -12,7 +12,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from altermoma_pl.callback import checks
 from altermoma_pl.callback import lightning_internals as internals
 from altermoma_pl.callback.announcement import announce
-from altermoma_pl.callback.held import Held
 from altermoma_pl.callback.loaders import ProbeLoader
 from altermoma_pl.callback.rewinding import RewindPoint, check_rewindable
 from altermoma_pl.callback.scoring import (
@@ -23,8 +22,9 @@ from altermoma_pl.callback.scoring import (
     target_at,
     trace_channels,
 )
-from altermoma_pl.callback.state import PruningState
-from altermoma_pl.granularity import Granularity, Ranking, Sparsity, input_dims, parse_granularity
+from altermoma_pl.callback.state import Held, PruningState
+from altermoma_pl.granularity import Granularity, Ranking, Sparsity, parse_granularity
+from altermoma_pl.granularity.base import input_dims
 from altermoma_pl.mask.masks import Masks
 from altermoma_pl.mask.schedules import Cubic, Schedule
 from altermoma_pl.mask.top_k import Scope

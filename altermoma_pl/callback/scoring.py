@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from altermoma_pl.callback.lightning_internals import log_silenced, scoring_bar
 from altermoma_pl.callback.loaders import ProbeLoader, probe_batches, training_batches
-from altermoma_pl.granularity import Granularity, Sparsity, Traced, make_calibration
+from altermoma_pl.granularity import Granularity, Sparsity, Traced
+from altermoma_pl.granularity.base import make_calibration
 from altermoma_pl.mask.schedules import Schedule
 from altermoma_pl.model.contexts import generators_restored, seed_generators
 from altermoma_pl.model.distributed import of_first, together

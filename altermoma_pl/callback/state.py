@@ -1,17 +1,20 @@
-"""Everything that the callback changes, and its form in a checkpoint: another is refused by its place."""
+"""What the callback holds: the state of pruning, its form in a checkpoint, what enforces it during fit."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from altermoma_pl.callback.rewinding import RewindPoint
-from altermoma_pl.granularity import Traced
+from altermoma_pl.enforce.enforcement import Enforcement, hold_everywhere_
+from altermoma_pl.granularity import Ranking, Traced
 from altermoma_pl.mask.masks import Masks
+from altermoma_pl.mask.top_k import Scope
 from altermoma_pl.report.sparsity import SparsityReport
 from altermoma_pl.score import Components
 from altermoma_pl.score.combination import Level
@@ -66,15 +69,14 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and not math.isnan(value)
 
 
-def _is_width(value: Any) -> bool:
-    return isinstance(value, list) and [*map(type, value)] == [int, int] and 1 <= value[0] <= value[1]
-
-
 _COUNT = _Kind("a whole number of at least 0", lambda value: type(value) is int and value >= 0)
 _EPOCH = _Kind("a whole number of at least -1", lambda value: type(value) is int and value >= -1)
 _NUMBER = _Kind("a number", _is_number)
 _SHARE = _Kind("in [0, 1]", lambda value: _is_number(value) and 0 <= value <= 1)
-_WIDTH = _Kind("two whole numbers, kept and total", _is_width)
+_WIDTH = _Kind(
+    "two whole numbers, kept and total",
+    lambda value: isinstance(value, list) and [*map(type, value)] == [int, int] and 1 <= value[0] <= value[1],
+)
 _TENSOR = _Kind("a tensor", lambda value: isinstance(value, Tensor))
 _TEXTS = {"*": _Kind("text", lambda value: isinstance(value, str))}
 _TENSORS = {"*": _TENSOR}
@@ -245,3 +247,58 @@ class PruningState:
             return report
         shown = tuple(name for name, mask in self.masks.items() if mask.ndim > 1)
         return replace(report, shown=shown, removed={"channels": event["channels"], "FLOPs": event["flops"]})
+
+
+@dataclass
+class Held:
+    """The state of pruning; during fit what enforces its masks, and what was found in the model."""
+
+    state: PruningState = field(default_factory=PruningState)
+    enforcement: Enforcement | None = None  # outside of fit
+    traced: Traced | None = None  # until training starts, and where no channels are pruned
+    input_dims: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def enforces_state(self) -> bool:
+        """Whether the masks that are enforced are those of the state."""
+        return self.enforcement is not None and self.enforcement.masks is self.state.masks
+
+    def ranking(self, state: PruningState, scope: Scope, min_density: float) -> Ranking:
+        """What the scores of the next event are ranked within.
+
+        Raises:
+            ValueError: If there are no masks.
+        """
+        if state.masks is None:
+            raise ValueError("there are no masks to rank within: nothing was found to prune yet")
+        within, dims = self.traced, self.input_dims
+        return Ranking(state.masks, state.group_of, scope, min_density, None, within, dims)
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """Take up a saved state; nothing is changed if it is damaged."""
+        state = PruningState.from_state_dict(saved)
+        if self.enforcement is not None and state.masks is not None:  # during fit: by a tuner
+            state.masks = state.masks.to(self.enforcement.model)
+        self.state = state
+
+    def take_up(self, state: PruningState, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+        """Go over to another state, and enforce its masks from now on."""
+        assert state.masks is not None  # noqa: S101 (whoever calls has made them)
+        self.release()
+        self.state, self.enforcement = state, Enforcement(module, state.masks, optimizers)
+
+    def hold_(
+        self, callbacks: Iterable[object], module: nn.Module, saved: Mapping[str, Any] | None = None
+    ) -> None:
+        """Bring the weights, and copies of them, in line with the state's masks; only during fit."""
+        if self.enforcement is None or self.state.masks is None:
+            return
+        if not self.enforces_state:
+            self.enforcement.masks = self.state.masks
+        hold_everywhere_(callbacks, module, self.state.masks, saved)
+
+    def release(self) -> None:
+        """Let go of the optimizers."""
+        if self.enforcement is not None:
+            self.enforcement.release()
+        self.enforcement = None

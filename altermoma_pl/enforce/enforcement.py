@@ -44,6 +44,7 @@ class Enforcement:
         return self._masks
 
     @masks.setter
+    @torch.no_grad()
     def masks(self, masks: Masks) -> None:
         self._masks = masks
         # Tensors that nothing was pruned of need no work, step after step.
@@ -51,7 +52,12 @@ class Enforcement:
             (self._parameters[name], mask) for name, mask in masks.items() if not local(mask).all()
         ]
         self.hold_()
-        self._zero_moments_()
+        for optimizer in self._optimizers:
+            for parameter, mask in self._pairs:
+                # Not optimizer.state[...]: that would create an entry for a parameter that has none.
+                for moment in optimizer.state.get(parameter, {}).values():
+                    if isinstance(moment, Tensor) and moment.shape == parameter.shape:
+                        keep_only_(moment, mask)
 
     @torch.no_grad()
     def hold_(self) -> None:
@@ -71,16 +77,6 @@ class Enforcement:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-
-    @torch.no_grad()
-    def _zero_moments_(self) -> None:
-        """Momentum and Adam moments would carry a pruned weight away from zero."""
-        for optimizer in self._optimizers:
-            for parameter, mask in self._pairs:
-                # Not optimizer.state[...]: that would create an entry for a parameter that has none.
-                for moment in optimizer.state.get(parameter, {}).values():
-                    if isinstance(moment, Tensor) and moment.shape == parameter.shape:
-                        keep_only_(moment, mask)
 
 
 # Copies of the weights that other callbacks hold: averages over steps (EMA) or over epochs (SWA).

@@ -16,8 +16,8 @@ from torch import nn
 from altermoma_pl.callback import AlterMOMACallback
 from altermoma_pl.callback.checkpoints import load_checkpoint, pruning_states_of
 from altermoma_pl.callback.state import PruningState
-from altermoma_pl.export.costs import CostReport, measure, time_onnx
-from altermoma_pl.export.costs.measuring import quartiles
+from altermoma_pl.export.costs.measuring import measure, quartiles, time_onnx
+from altermoma_pl.export.costs.report import CostReport
 from altermoma_pl.export.files import check_onnx, to_onnx, to_torch_export, whole
 from altermoma_pl.export.program import example_tensors
 from altermoma_pl.export.run import Run

@@ -21,7 +21,7 @@ from torch.export import Dim, ExportedProgram
 
 from altermoma_pl.model.inputs import as_arguments, is_named_tuple
 
-_NOISY = ("torch.export", "torch.fx", "torch.onnx", "onnxscript", "onnx_ir")  # loggers
+_TALKATIVE = ("torch.export", "torch.fx", "torch.onnx", "onnxscript", "onnx_ir")  # loggers
 
 
 def example_tensors(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
@@ -189,7 +189,7 @@ def _exported_program(
 @contextmanager
 def exporters_silenced() -> Iterator[None]:
     """What the exporters log and warn about concerns torch itself; errors are raised."""
-    loggers = [logging.getLogger(name) for name in _NOISY]
+    loggers = [logging.getLogger(name) for name in _TALKATIVE]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)

@@ -1,13 +1,6 @@
 """What is pruned as one piece: a weight, a block of N:M, or a channel; from scores to masks for each."""
 
-from altermoma_pl.granularity.base import (
-    Granularity,
-    Ranking,
-    Sparsity,
-    Traced,
-    input_dims,
-    make_calibration,
-)
+from altermoma_pl.granularity.base import Granularity, Ranking, Sparsity, Traced
 from altermoma_pl.granularity.channels.channel import Channel
 from altermoma_pl.granularity.parsing import parse_granularity
 from altermoma_pl.granularity.weights import NofM, Weight
@@ -20,7 +13,5 @@ __all__ = [
     "Sparsity",
     "Traced",
     "Weight",
-    "input_dims",
-    "make_calibration",
     "parse_granularity",
 ]

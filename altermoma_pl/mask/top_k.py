@@ -157,7 +157,11 @@ def _counts(
         if scope == "row" and tensor.ndim > 1:
             columns = tensor.shape[1:].numel()
             in_row = columns - round(share * columns)
-            left = columns if within is None else _fewest_in_a_row(within[names[0]])
+            left = columns
+            if within is not None:  # the fewest in a row, of all processes
+                mask = within[names[0]]
+                fewest = min(local(mask).flatten(1).sum(1).tolist(), default=columns)
+                left = min(gathered(fewest)) if isinstance(mask, DTensor) else fewest
             check_enough(f"a row of {label}", share, in_row, left, columns)
             count = tensor.shape[0] * in_row
         else:
@@ -171,12 +175,6 @@ def _counts(
                 f"min_density={min_density:g} protects {protected}: lower one of them"
             )
         yield names, count, in_row, floors
-
-
-def _fewest_in_a_row(mask: Tensor) -> int:
-    """The smallest number of weights that are left in a row, of all processes."""
-    left = min(local(mask).flatten(1).sum(1).tolist(), default=mask.shape[1:].numel())
-    return min(gathered(left)) if isinstance(mask, DTensor) else left
 
 
 def _keep_best_(selection: Selection, names: list[str], count: int, floors: Mapping[str, int]) -> None:

@@ -107,7 +107,9 @@ def importance_against_redundancy(components: Components, masks: Masks) -> Figur
     for group, marker in zip(groups, MARKERS * len(groups), strict=False):
         names = [name for name, own in components.group_of.items() if own == group]
         deci = torch.cat([components.deci[n].flatten().cpu() for n in names])
-        reri = torch.cat([_total_reri(components, n) for n in names])
+        shapes = {n: components.deci[n].shape for n in names}  # also where one value stands for all
+        parts = {n: [r[n].cpu().expand(shapes[n]) for r in components.reri.values() if n in r] for n in names}
+        reri = torch.cat([torch.stack(parts[n]).sum(0).flatten() for n in names])
         kept = torch.cat([masks[n].flatten().cpu() for n in names])
         visible = ((deci > 0) & (reri > 0)).nonzero().squeeze(1)
         sample = visible[torch.randperm(len(visible), generator=generator)[: _MAX_POINTS // len(groups)]]
@@ -177,9 +179,3 @@ def _colours(groups: Iterable[str]) -> dict[str, str]:
     named = [group for group in names if group != SHARED]
     colours = dict(zip(named, COLOURS * len(named), strict=False))
     return {group: colours.get(group, SHARED_COLOUR) for group in names}
-
-
-def _total_reri(components: Components, name: str) -> torch.Tensor:
-    size = components.deci[name].shape  # also where one value stands for the whole tensor
-    parts = [own[name].cpu().expand(size).flatten() for own in components.reri.values() if name in own]
-    return torch.stack(parts).sum(0)

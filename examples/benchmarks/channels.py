@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, so
 
 from altermoma_pl import AlterEva, AlterMOMACallback, Channel, Cubic, slim
 from altermoma_pl.export import example_tensors, to_onnx
-from altermoma_pl.export.costs import CostReport, measure, time_onnx
+from altermoma_pl.export.costs.measuring import measure, time_onnx
+from altermoma_pl.export.costs.report import CostReport
 from altermoma_pl.granularity.channels.flops import count_flops
 from altermoma_pl.model.contexts import modes_restored
 from examples.benchmarks.fusion import Fusion

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from altermoma_pl.export import example_tensors, to_onnx
-from altermoma_pl.export.costs import measure, peak_memory, time_onnx
-from altermoma_pl.export.costs.measuring import in_turns, quartiles
+from altermoma_pl.export.costs.measuring import in_turns, measure, peak_memory, quartiles, time_onnx
 from tests.helpers.models import snapshot
 
 ROW = torch.ones(1, 4)

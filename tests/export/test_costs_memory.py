@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from altermoma_pl.export.costs import peak_memory
+from altermoma_pl.export.costs.measuring import peak_memory
 
 CPU = torch.device("cpu")
 ROW = torch.ones(1, 4)

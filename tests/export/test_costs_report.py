@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from altermoma_pl.export.costs import CostReport, Costs, Latency
+from altermoma_pl.export.costs.report import CostReport, Costs, Latency
 
 FAST = Latency(1, 0.002, 0.001, 0.003, repeats=20, warm_up=3, threads=2, device="cpu")
 DENSE = Costs(

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from altermoma_pl import AlterEva, Channel, GraSP, Magnitude, Masks, NofM, Weight
-from altermoma_pl.granularity import Granularity, Ranking, Traced, input_dims, parse_granularity
+from altermoma_pl.granularity import Granularity, Ranking, Traced, parse_granularity
+from altermoma_pl.granularity.base import input_dims
 from altermoma_pl.granularity.channels.groups import ChannelGroup, Channels, Slice
 
 

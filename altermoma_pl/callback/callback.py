@@ -115,7 +115,6 @@ class AlterMOMACallback(Callback):
         self.scope = scope
         self.granularity = granularity
         self.min_density = min_density
-        self.prunable = list(prunable or ())
         self.loader = loader
         self.on_nonfinite = on_nonfinite
         self.seed = seed
@@ -128,6 +127,7 @@ class AlterMOMACallback(Callback):
         self._masks_gradients = False
         self._scoring_seconds = 0.0
         checks.check_options_of(self, prunable, get_type_hints(AlterMOMACallback.__init__))
+        self.prunable = list(prunable or ())
 
     # What is held, for the user and for checkpoints.
 

@@ -49,6 +49,7 @@ class Killer:
         """Runs that are killed and go on until they end, until there were so many kills."""
         while self.kills.total() < times:
             self.runs += 1
+            assert self.runs <= 5 * times, f"some phase is never announced: {self}"
             folder = self.folder / f"run{self.runs}"
             while not (folder / OUTCOME).exists():
                 self._attempt(folder, self._next_phase() if self.kills.total() < times else None)

@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from altermoma_pl import AlterMOMACallback, Linear
+from altermoma_pl.callback import callback as pruning
 from altermoma_pl.callback import state
 from tests.helpers.lightning_models import MODALITIES, loader, short, trainer
 from tests.helpers.resuming import Steady
@@ -66,23 +67,6 @@ class Announcing(Steady):
         return self.loss(batch)
 
 
-class Pruner(AlterMOMACallback):
-    """Says when it has scored and not yet masked."""
-
-    def __init__(self, announce: Announce) -> None:
-        super().__init__(MODALITIES, SPARSITY, criterion=short(), schedule=SCHEDULE, figures=False)
-        self._announce = announce
-
-    @property
-    def state_key(self) -> str:
-        return AlterMOMACallback.__name__
-
-    def _decide(self, *args: Any) -> Any:
-        decision = super()._decide(*args)
-        self._announce("scored")
-        return decision
-
-
 class Saving(ModelCheckpoint):
     """After every step but the last of an epoch.
 
@@ -101,7 +85,8 @@ def run(folder: Path, announce: Announce = lambda phase: None) -> None:
     warnings.simplefilter("ignore")
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    module, callback = Announcing(announce), Pruner(announce)
+    module = Announcing(announce)
+    callback = AlterMOMACallback(MODALITIES, SPARSITY, criterion=short(), schedule=SCHEDULE, figures=False)
     saving = Saving(folder, "{step}", save_last=True, save_top_k=1, every_n_train_steps=1)
     built = trainer(
         callback, saving, max_epochs=MAX_EPOCHS, enable_checkpointing=True, default_root_dir=folder
@@ -124,6 +109,7 @@ def child(folder: Path, pipe: Connection) -> None:
         time.sleep(_PAUSE)
 
     _write_slowly(announce)
+    _announce_decisions(announce)
     _announce_records(announce)
     run(folder, announce)
     pipe.send("done")
@@ -142,6 +128,18 @@ def _write_slowly(announce: Announce) -> None:
         return len(data)
 
     opener.write = write_pieces
+
+
+def _announce_decisions(announce: Announce) -> None:
+    """When it has scored and not yet masked."""
+    decide = pruning.decide
+
+    def announced(*args: Any) -> Any:
+        decision = decide(*args)
+        announce("scored")
+        return decision
+
+    pruning.decide = announced
 
 
 def _announce_records(announce: Announce) -> None:
